@@ -1,0 +1,21 @@
+"""Settings every test shares."""
+
+import os
+
+# Read once, when a backend is first imported, so they are set before that.
+for _variable in (
+    "OMP_NUM_THREADS",  # torch and NumPy
+    "PJRT_NPROC",  # JAX
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+):
+    os.environ.setdefault(_variable, "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    keras.utils.set_random_seed(1991)
