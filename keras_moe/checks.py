@@ -1,0 +1,70 @@
+"""Checks of arguments, each with an error that names what was expected and came."""
+
+
+def at_least(name, value, minimum):
+    """`value` is an int, not below `minimum`."""
+    if not _is_int(value) or value < minimum:
+        raise ValueError(
+            f"`{name}` must be an integer, at least {minimum}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def positive(name, value):
+    """`value` is a number above zero."""
+    if not _is_number(value) or not value > 0:
+        raise ValueError(
+            f"`{name}` must be a positive number. Received: {name}={value!r}"
+        )
+
+
+def not_negative(name, value):
+    """`value` is a number, zero or more."""
+    if not _is_number(value) or not value >= 0:
+        raise ValueError(
+            f"`{name}` must be a number, zero or more. Received: {name}={value!r}"
+        )
+
+
+def fraction(name, value):
+    """`value` is a number in `[0, 1)`."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be a number, at least 0 and below 1. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def one_of(name, value, choices):
+    """`value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, choices))}. "
+            f"Received: {name}={value!r}"
+        )
+
+
+def top_k(value, num_experts):
+    """`value` is an int between 1 and `num_experts`."""
+    if not _is_int(value) or not 1 <= value <= num_experts:
+        raise ValueError(
+            f"`top_k` must be an integer between 1 and `num_experts` ({num_experts}). "
+            f"Received: top_k={value!r}"
+        )
+
+
+def divides(name, value, by_name, by):
+    """`by` divides `value`."""
+    if value % by:
+        raise ValueError(
+            f"`{name}` must be a multiple of `{by_name}`. "
+            f"Received: {name}={value!r}, {by_name}={by!r}"
+        )
+
+
+def _is_int(value):
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
