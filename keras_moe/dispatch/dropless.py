@@ -1,0 +1,71 @@
+"""Dropless dispatch: rows sorted by expert, as many as each expert is given.
+
+T  tokens       K  choices a token      N = T K  rows
+E  experts      D  features
+
+The sort replaces the `[T, E, C]` masks of GShard: its cost does not depend on E,
+and every choice is computed ([Gale et al., 2022](https://arxiv.org/abs/2211.15841)).
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+
+class ExpertOrder(NamedTuple):
+    """The rows of all experts, in one sequence sorted by expert.
+
+    Attributes:
+        tokens: int32 tensor `[N]`: the token of each row.
+        group_sizes: int32 tensor `[E]`: the rows of each expert. Rows of no
+            expert come last and are counted nowhere.
+        positions: int32 tensor `[T, K]`: the row of each choice.
+    """
+
+    tokens: Any
+    group_sizes: Any
+    positions: Any
+
+
+def sort_by_expert(expert_ids, num_experts):
+    """Orders the choices of all tokens by expert, and within one by token.
+
+    Args:
+        expert_ids: int32 tensor `[T, K]`, `num_experts` meaning none.
+        num_experts: int, E.
+
+    Returns:
+        An `ExpertOrder`.
+    """
+    top_k = expert_ids.shape[1]
+    flat = ops.reshape(expert_ids, (-1,))
+    order = ops.argsort(flat)  # stable on every backend
+    # Searching the sorted ids counts them without an [N, E] comparison.
+    ends = ops.searchsorted(
+        ops.take(flat, order), ops.arange(num_experts, dtype=flat.dtype), side="right"
+    )
+    ends = ops.cast(ends, "int32")
+    group_sizes = ops.diff(ops.concatenate([ops.zeros((1,), "int32"), ends]))
+    positions = ops.reshape(ops.argsort(order), (-1, top_k))
+    return ExpertOrder(
+        tokens=ops.cast(order // top_k, "int32"),
+        group_sizes=group_sizes,
+        positions=ops.cast(positions, "int32"),
+    )
+
+
+def combine(rows, order, gates):
+    """Sums each token's rows, weighted by its gates.
+
+    `y[t] = sum_k gates[t, k] * rows[positions[t, k]]`, accumulated in float32.
+
+    Args:
+        rows: float tensor `[N, D]`, the experts' outputs, sorted by expert.
+        order: the `ExpertOrder` that sorted them.
+        gates: float32 tensor `[T, K]`.
+
+    Returns:
+        A tensor `[T, D]` of the dtype of `rows`.
+    """
+    choices = ops.cast(ops.take(rows, order.positions, axis=0), gates.dtype)
+    return ops.cast(ops.sum(choices * gates[..., None], axis=1), rows.dtype)

@@ -1,0 +1,23 @@
+"""Keras layers of mixture-of-experts models, each usable alone."""
+
+from keras_moe.layers.attention import GroupedQueryAttention
+from keras_moe.layers.decoder_block import DecoderBlock
+from keras_moe.layers.experts import Experts
+from keras_moe.layers.feed_forward import FeedForward
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.relative_bias import RelativeBias
+from keras_moe.layers.routers import Router, Routing, TopKRouter
+from keras_moe.layers.routing_statistics import RoutingStatistics
+
+__all__ = [
+    "DecoderBlock",
+    "Experts",
+    "FeedForward",
+    "GroupedQueryAttention",
+    "MixtureOfExperts",
+    "RelativeBias",
+    "Router",
+    "Routing",
+    "RoutingStatistics",
+    "TopKRouter",
+]

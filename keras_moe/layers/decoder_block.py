@@ -1,0 +1,162 @@
+"""The decoder block: attention, then a feed-forward block or a mixture.
+
+B  batch        T  tokens       D  model features
+"""
+
+import keras
+
+from keras_moe import checks
+from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+
+NORMS = {
+    "rms": keras.layers.RMSNormalization,
+    "layer": keras.layers.LayerNormalization,
+}
+
+
+def normalization(kind, epsilon, **kwargs):
+    """An RMS norm (`"rms"`) or a layer norm (`"layer"`) over the features."""
+    checks.one_of("norm", kind, NORMS)
+    return NORMS[kind](epsilon=epsilon, **kwargs)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class DecoderBlock(keras.layers.Layer):
+    """A pre-norm Transformer decoder block over given sublayers.
+
+        x = x + attention(norm(x))
+        x = x + feed_forward(norm(x))
+
+    ([Vaswani et al., 2017](https://arxiv.org/abs/1706.03762), with the norm
+    before each sublayer). The second sublayer is a `FeedForward` or a
+    `MixtureOfExperts`: nothing else tells a dense block from a sparse one.
+
+    Args:
+        attention: a layer such as `GroupedQueryAttention`.
+        feed_forward: a `FeedForward` or a `MixtureOfExperts`.
+        norm: `"rms"` ([Zhang and Sennrich,
+            2019](https://arxiv.org/abs/1910.07467), eq. 4) or `"layer"`.
+        norm_epsilon: float, positive.
+        dropout: float in `[0, 1)`, of the second sublayer's output.
+        **kwargs: `name`, `trainable`, `dtype`.
+
+    Call arguments:
+        inputs: float tensor `[B, T, D]`.
+        padding_mask: bool or int tensor `[B, T]`, 0 for padding, or None.
+        cache: None, or the attention's cache.
+        cache_index: int or scalar int tensor: where in the cache `inputs` start.
+        training: bool.
+        return_statistics: bool; a mixture's statistics are returned, and not
+            recorded.
+
+    Returns:
+        A tensor `[B, T, D]`, followed by the cache where one was given, followed
+        by the mixture's `RoutingStatistics` (None in a dense block) with
+        `return_statistics=True`.
+
+    Example:
+
+    ```python
+    block = keras_moe.layers.DecoderBlock(
+        keras_moe.layers.GroupedQueryAttention(4),
+        keras_moe.layers.MixtureOfExperts(8, 128, top_k=2),
+    )
+    y = block(keras.random.normal((2, 16, 64)))
+    ```
+    """
+
+    def __init__(
+        self,
+        attention,
+        feed_forward,
+        norm="rms",
+        norm_epsilon=1e-6,
+        dropout=0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        checks.one_of("norm", norm, NORMS)
+        checks.positive("norm_epsilon", norm_epsilon)
+        checks.fraction("dropout", dropout)
+        self.supports_masking = True
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.norm = norm
+        self.norm_epsilon = norm_epsilon
+        self.dropout = dropout
+
+    @property
+    def is_mixture(self):
+        """Whether the feed-forward sublayer is a mixture of experts."""
+        return isinstance(self.feed_forward, MixtureOfExperts)
+
+    def build(self, input_shape):
+        def norm(name):
+            layer = normalization(
+                self.norm, self.norm_epsilon, dtype=self.dtype_policy, name=name
+            )
+            layer.build(input_shape)
+            return layer
+
+        self.attention_norm = norm("attention_norm")
+        self.feed_forward_norm = norm("feed_forward_norm")
+        self.attention.build(input_shape)
+        self.feed_forward.build(input_shape)
+        self.output_dropout = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="output_dropout"
+        )
+
+    def call(
+        self,
+        inputs,
+        padding_mask=None,
+        cache=None,
+        cache_index=0,
+        training=None,
+        return_statistics=False,
+    ):
+        x = self.attention_norm(inputs)
+        if cache is None:
+            x = self.attention(x, mask=padding_mask, training=training)
+        else:
+            x, cache = self.attention(
+                x, cache=cache, cache_index=cache_index, training=training
+            )
+        residual = inputs + x
+        x = self.feed_forward_norm(residual)
+        statistics = None
+        if not self.is_mixture:
+            x = self.feed_forward(x)
+        elif return_statistics:
+            x, statistics = self.feed_forward(
+                x, mask=padding_mask, training=training, return_statistics=True
+            )
+        else:
+            x = self.feed_forward(x, mask=padding_mask, training=training)
+        outputs = [residual + self.output_dropout(x, training=training)]
+        if cache is not None:
+            outputs.append(cache)
+        if return_statistics:
+            outputs.append(statistics)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        return {
+            **super().get_config(),
+            "attention": serialize(self.attention),
+            "feed_forward": serialize(self.feed_forward),
+            "norm": self.norm,
+            "norm_epsilon": self.norm_epsilon,
+            "dropout": self.dropout,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for name in ("attention", "feed_forward"):
+            config[name] = keras.saving.deserialize_keras_object(config[name])
+        return cls(**config)

@@ -1,0 +1,112 @@
+"""A bank of expert feed-forward networks.
+
+N  rows, sorted by expert       E  experts
+D  model features               H  hidden features of one expert
+"""
+
+import keras
+from keras import ops
+
+from keras_moe import checks
+from keras_moe.layers.initializers import fresh_per_expert
+from keras_moe.ops import grouped_matmul
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class Experts(keras.layers.Layer):
+    """E feed-forward networks of one shape, called with rows grouped by expert.
+
+    Expert `e` computes, with `a` the activation,
+
+    - gated: `y = (a(x W_gate[e]) * (x W_up[e])) W_down[e]`
+      (GLU variants, [Shazeer, 2020](https://arxiv.org/abs/2002.05202), eq. 6;
+      SwiGLU with `activation="silu"`);
+    - plain: `y = a(x W_up[e]) W_down[e]`.
+
+    One grouped matmul a projection: the cost follows the rows, not E.
+
+    Args:
+        num_experts: int, E.
+        intermediate_dim: int, H.
+        activation: a Keras activation, by name or callable.
+        gated: bool.
+        kernel_initializer: initializer of each expert's matrices.
+        **kwargs: `name`, `trainable`, `dtype`.
+
+    Call arguments:
+        inputs: float tensor `[N, D]`, rows sorted by expert.
+        group_sizes: int32 tensor `[E]`: the rows of each expert; rows past their
+            sum give zero.
+
+    Returns:
+        A tensor `[N, D]`.
+
+    Raises:
+        ValueError: if a size is below 1 or the activation is unknown.
+
+    Example:
+
+    ```python
+    experts = keras_moe.layers.Experts(num_experts=4, intermediate_dim=64)
+    y = experts(keras.random.normal((10, 16)), keras.ops.array([4, 0, 5, 1]))
+    ```
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        intermediate_dim,
+        activation="silu",
+        gated=True,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        checks.at_least("num_experts", num_experts, 1)
+        checks.at_least("intermediate_dim", intermediate_dim, 1)
+        self.num_experts = num_experts
+        self.intermediate_dim = intermediate_dim
+        self.activation = keras.activations.get(activation)
+        self.gated = gated
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+
+    def build(self, input_shape):
+        dim, hidden = input_shape[-1], self.intermediate_dim
+        if self.gated:
+            self.gate_kernel = self._add_kernel("gate_kernel", dim, hidden, 2)
+        self.up_kernel = self._add_kernel("up_kernel", dim, hidden, 0)
+        self.down_kernel = self._add_kernel("down_kernel", hidden, dim, 1)
+
+    def _add_kernel(self, name, fan_in, fan_out, index):
+        return self.add_weight(
+            name=name,
+            shape=(self.num_experts, fan_in, fan_out),
+            initializer=fresh_per_expert(
+                self.kernel_initializer, self.num_experts, index
+            ),
+        )
+
+    def call(self, inputs, group_sizes):
+        def project(rows, kernel):
+            kernel = ops.cast(kernel, self.compute_dtype)
+            return grouped_matmul(rows, kernel, group_sizes)
+
+        hidden = project(inputs, self.up_kernel)
+        if self.gated:
+            hidden = self.activation(project(inputs, self.gate_kernel)) * hidden
+        else:
+            hidden = self.activation(hidden)
+        return project(hidden, self.down_kernel)
+
+    def compute_output_spec(self, inputs, group_sizes):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }

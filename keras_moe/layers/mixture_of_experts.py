@@ -1,0 +1,448 @@
+"""A mixture of experts, in the place of a feed-forward block.
+
+B  batch        S  sequence length      T  tokens, all leading axes flattened
+D  features     E  experts              K  choices a token
+C  capacity, choices an expert accepts of a group of G tokens
+"""
+
+import keras
+from keras import ops
+
+from keras_moe import checks
+from keras_moe.dispatch import (
+    combine,
+    expert_capacity,
+    limit_capacity,
+    sort_by_expert,
+)
+from keras_moe.layers import routing_statistics
+from keras_moe.layers.experts import Experts
+from keras_moe.layers.feed_forward import FeedForward
+from keras_moe.layers.routers import Router, TopKRouter
+
+ROUTERS = {"top_k": TopKRouter}
+DISPATCHES = ("dropless", "capacity")
+CAPACITY_GROUPS = ("batch", "sequence")
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MixtureOfExperts(keras.layers.Layer):
+    """A sparsely-gated mixture of feed-forward experts.
+
+    `y = sum over the chosen experts i of g[i] * expert_i(x)  (+ shared(x))`
+    ([Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), eq. 1), where a
+    router gives each token its K experts and gates `g`. A drop-in for a
+    feed-forward block: the shape stays, any number of leading axes is accepted,
+    and only the chosen experts are computed, so the cost follows `top_k` and not
+    `num_experts`. `num_shared_experts` adds experts that every token passes
+    through, computed as one feed-forward network of their joint width, which is
+    their sum (DeepSeekMoE, [Dai et al., 2024](https://arxiv.org/abs/2401.06066),
+    section 3.2).
+
+    **Dispatch.** `"dropless"` computes every choice exactly. `"capacity"` lets an
+    expert take at most C choices of each group of G tokens: in each group first
+    choices are placed before second choices, in sequence order, and what exceeds
+    C is dropped, so that a token with no expert left passes on the residual
+    connection around this layer alone. Whether a token is dropped depends on the
+    others in its group. With `top_k > 1` capacity is therefore not causal even
+    within a sequence: a later token's first choice goes before an earlier token's
+    second. Cached generation then differs from a full forward pass, and padding
+    counts towards G, though not towards the load. Use `"dropless"` where that
+    matters.
+
+    **Losses.** In training `balance_loss` and `z_loss` times their coefficients
+    are added to the model's losses, one pair a layer; models sum them over
+    layers.
+
+    **Load.** After a training step `expert_load` `[E]` holds the share of the
+    choices that fell on each expert and `dropped_fraction` the share that was
+    dropped. They are variables, neither saved nor counted as weights. On any call
+    `return_statistics=True` returns the sums they are made of instead and changes
+    no state and adds no loss, as a layer needs inside a recurrent cell or
+    `keras.remat`.
+
+    Args:
+        num_experts: int, E.
+        intermediate_dim: int, the hidden width of one expert.
+        top_k: int, K, between 1 and `num_experts`.
+        router: `"top_k"` or a `Router` instance, which then must agree on
+            `num_experts` and `top_k`; the router settings below belong to the
+            name and must be left at their defaults with an instance.
+        activation: a Keras activation, by name or callable.
+        gated: bool, gated experts (see `Experts`).
+        num_shared_experts: int, experts of the same width that every token takes.
+        dispatch: `"dropless"` or `"capacity"`.
+        capacity_factor: float, positive: in training
+            `C = ceil(capacity_factor * K * G / E)`. Required by
+            `dispatch="capacity"` unless `capacity` is given.
+        eval_capacity_factor: float, positive: the same outside training. Defaults
+            to `capacity_factor`.
+        capacity: int, at least 1: C itself, in place of the factors.
+        capacity_group: what a group is: `"batch"` (all tokens of a call),
+            `"sequence"` (the tokens along the axis before the features) or an
+            int, that many consecutive tokens; the last group of a call may be
+            shorter and has the same C.
+        balance_loss: float, coefficient of the balance loss, 1 at an even load
+            (see `routing_statistics.balance_loss`).
+        z_loss: float, coefficient of the router z-loss.
+        balance_choices: `"all"` or `"first"`: which choices the balance loss
+            counts (GShard counts the first).
+        scores: see `TopKRouter`.
+        normalize_gates: see `TopKRouter`.
+        gates_from: see `TopKRouter`.
+        router_jitter: see `TopKRouter`'s `jitter`.
+        kernel_initializer: initializer of experts, shared experts and router.
+        seed: int or None, of the router's jitter.
+        **kwargs: `name`, `trainable`, `dtype`. The router computes in float32
+            whatever the policy.
+
+    Call arguments:
+        inputs: float tensor `[..., D]`.
+        mask: bool tensor of the shape of `inputs` without its last axis, False
+            for padding, or None. Padding takes no expert (its output is that of
+            the shared experts, or zero), no capacity, and no part in the losses
+            and the load.
+        training: bool.
+        return_statistics: bool.
+
+    Returns:
+        A tensor of the shape of `inputs`; with `return_statistics=True` also the
+        `RoutingStatistics` of the call.
+
+    Raises:
+        ValueError: for settings outside the ranges above, and for a mask whose
+            shape does not fit.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((None, 64))
+    x = keras_moe.layers.MixtureOfExperts(8, 128, top_k=2)(inputs)
+    model = keras.Model(inputs, x)
+    ```
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        intermediate_dim,
+        top_k=2,
+        router="top_k",
+        activation="silu",
+        gated=True,
+        num_shared_experts=0,
+        dispatch="dropless",
+        capacity_factor=None,
+        balance_loss=0.0,
+        z_loss=0.0,
+        *,
+        eval_capacity_factor=None,
+        capacity=None,
+        capacity_group="batch",
+        balance_choices="all",
+        scores="softmax",
+        normalize_gates=None,
+        gates_from="all",
+        router_jitter=0.0,
+        kernel_initializer="glorot_uniform",
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        checks.at_least("num_experts", num_experts, 1)
+        checks.at_least("intermediate_dim", intermediate_dim, 1)
+        checks.top_k(top_k, num_experts)
+        checks.at_least("num_shared_experts", num_shared_experts, 0)
+        checks.not_negative("balance_loss", balance_loss)
+        checks.not_negative("z_loss", z_loss)
+        checks.one_of("balance_choices", balance_choices, ("all", "first"))
+        self.supports_masking = True
+        self.num_experts = num_experts
+        self.intermediate_dim = intermediate_dim
+        self.top_k = top_k
+        self.activation = keras.activations.get(activation)
+        self.gated = gated
+        self.num_shared_experts = num_shared_experts
+        self.balance_loss = balance_loss
+        self.z_loss = z_loss
+        self.balance_choices = balance_choices
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self._set_capacity(
+            dispatch, capacity_factor, eval_capacity_factor, capacity, capacity_group
+        )
+        self._router_settings = {
+            "scores": scores,
+            "normalize_gates": normalize_gates,
+            "gates_from": gates_from,
+            "router_jitter": router_jitter,
+            "seed": seed,
+        }
+        self._router_name = router if isinstance(router, str) else None
+        self.router = self._make_router(router)
+        self.experts = Experts(
+            num_experts,
+            intermediate_dim,
+            activation=activation,
+            gated=gated,
+            kernel_initializer=kernel_initializer,
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+        if num_shared_experts:
+            self.shared_experts = FeedForward(
+                num_shared_experts * intermediate_dim,
+                activation=activation,
+                gated=gated,
+                kernel_initializer=kernel_initializer,
+                dtype=self.dtype_policy,
+                name="shared_experts",
+            )
+        self._load = _Load(num_experts)
+
+    def _set_capacity(self, dispatch, factor, eval_factor, capacity, group):
+        checks.one_of("dispatch", dispatch, DISPATCHES)
+        given = {
+            "capacity_factor": factor,
+            "eval_capacity_factor": eval_factor,
+            "capacity": capacity,
+        }
+        if dispatch == "dropless":
+            for name, value in given.items():
+                if value is not None:
+                    raise ValueError(
+                        f'`{name}` needs `dispatch="capacity"`. Received: '
+                        f'dispatch="dropless", {name}={value!r}'
+                    )
+        elif (factor is None) == (capacity is None):
+            raise ValueError(
+                '`dispatch="capacity"` needs either `capacity_factor` or '
+                f"`capacity`. Received: capacity_factor={factor!r}, "
+                f"capacity={capacity!r}"
+            )
+        if capacity is not None:
+            checks.at_least("capacity", capacity, 1)
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if given[name] is not None:
+                checks.positive(name, given[name])
+        if group not in CAPACITY_GROUPS:
+            if isinstance(group, str):
+                checks.one_of("capacity_group", group, (*CAPACITY_GROUPS, "an integer"))
+            checks.at_least("capacity_group", group, 1)
+        self.dispatch = dispatch
+        self.capacity_factor = factor
+        self.eval_capacity_factor = eval_factor
+        self.capacity = capacity
+        self.capacity_group = group
+
+    def _make_router(self, router):
+        settings = self._router_settings
+        if isinstance(router, Router):
+            if (router.num_experts, router.top_k) != (self.num_experts, self.top_k):
+                raise ValueError(
+                    "`router` must have the layer's `num_experts` and `top_k`, "
+                    f"{self.num_experts} and {self.top_k}. Received: a router with "
+                    f"num_experts={router.num_experts}, top_k={router.top_k}"
+                )
+            return router
+        if not isinstance(router, str):
+            raise ValueError(
+                "`router` must be a name or a `keras_moe.layers.Router`. "
+                f"Received: router={router!r}"
+            )
+        checks.one_of("router", router, ROUTERS)
+        return ROUTERS[router](
+            self.num_experts,
+            self.top_k,
+            scores=settings["scores"],
+            normalize_gates=settings["normalize_gates"],
+            gates_from=settings["gates_from"],
+            jitter=settings["router_jitter"],
+            seed=settings["seed"],
+            kernel_initializer=self.kernel_initializer,
+            name="router",
+        )
+
+    def build(self, input_shape):
+        dim = input_shape[-1]
+        self.router.build((None, dim))
+        self.experts.build((None, dim))
+        if self.num_shared_experts:
+            self.shared_experts.build(input_shape)
+
+    @property
+    def variables(self):
+        # Like random seeds: state that training updates, but not weights.
+        return super().variables + self._load.variables
+
+    @property
+    def expert_load(self):
+        """`[E]` variable: each expert's share of the last training step's choices."""
+        return self._load.share
+
+    @property
+    def dropped_fraction(self):
+        """Scalar variable: the share of them dropped for want of capacity."""
+        return self._load.dropped
+
+    def call(self, inputs, mask=None, training=None, return_statistics=False):
+        outputs, statistics = self.mix(
+            inputs, mask, training, with_statistics=training or return_statistics
+        )
+        if return_statistics:
+            return outputs, statistics
+        if training:
+            self.record(statistics)
+        return outputs
+
+    def mix(self, inputs, mask=None, training=None, with_statistics=True):
+        """The mixture as a pure function: no loss added, no state but a seed.
+
+        Args:
+            inputs: float tensor `[..., D]`.
+            mask: bool tensor `[...]` or None.
+            training: bool.
+            with_statistics: bool; if False the second result is None.
+
+        Returns:
+            `(outputs, statistics)`.
+        """
+        shape = ops.shape(inputs)
+        tokens = ops.reshape(inputs, (-1, shape[-1]))
+        if mask is not None:
+            mask = self._flat_mask(mask, inputs)
+        routing = limited = self.router(tokens, mask=mask, training=training)
+        if self.dispatch == "capacity":
+            group_size, capacity = self._group_and_capacity(shape, training)
+            limited = limit_capacity(routing, capacity, group_size, self.num_experts)
+        outputs = self._compute(tokens, limited)
+        if self.num_shared_experts:
+            outputs = outputs + self.shared_experts(tokens)
+        statistics = None
+        if with_statistics:
+            statistics = routing_statistics.collect(
+                routing, limited, self.num_experts, mask
+            )
+        return ops.reshape(outputs, shape), statistics
+
+    def _compute(self, tokens, routing):
+        order = sort_by_expert(routing.expert_ids, self.num_experts)
+        rows = ops.take(tokens, order.tokens, axis=0)
+        rows = self.experts(rows, order.group_sizes)
+        return combine(rows, order, routing.gates)
+
+    def _flat_mask(self, mask, inputs):
+        mask = ops.convert_to_tensor(mask, "bool")
+        expected = tuple(inputs.shape[:-1])
+        fits = len(mask.shape) == len(expected) and all(
+            None in pair or pair[0] == pair[1]
+            for pair in zip(mask.shape, expected, strict=True)
+        )
+        if not fits:
+            raise ValueError(
+                "`mask` must have the shape of `inputs` without its last axis, "
+                f"{expected}. Received: mask.shape={tuple(mask.shape)}"
+            )
+        return ops.reshape(mask, (-1,))
+
+    def _group_and_capacity(self, shape, training):
+        if self.capacity_group == "sequence":
+            if len(shape) < 3:
+                raise ValueError(
+                    '`capacity_group="sequence"` needs inputs of rank 3 or more, '
+                    f"[..., S, D]. Received: inputs.shape={tuple(shape)}"
+                )
+            group_size = shape[-2]
+        elif self.capacity_group == "batch":
+            group_size = 1
+            for size in shape[:-1]:
+                group_size = group_size * size
+        else:
+            group_size = self.capacity_group
+        if isinstance(group_size, int):
+            group_size = max(group_size, 1)  # an empty batch has no group
+        if self.capacity is not None:
+            return group_size, self.capacity
+        factor = self.capacity_factor
+        if not training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
+        return group_size, expert_capacity(
+            factor, group_size, self.num_experts, self.top_k
+        )
+
+    def record(self, statistics):
+        """Adds the losses of a training step and notes its load.
+
+        Args:
+            statistics: the `RoutingStatistics` of one call of `mix`, or the sum
+                of several.
+        """
+        if self.balance_loss:
+            self.add_loss(
+                self.balance_loss
+                * routing_statistics.balance_loss(statistics, self.balance_choices)
+            )
+        if self.z_loss:
+            self.add_loss(self.z_loss * routing_statistics.z_loss(statistics))
+        self._load.share.assign(routing_statistics.expert_load(statistics))
+        self._load.dropped.assign(routing_statistics.dropped_fraction(statistics))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def compute_output_spec(
+        self, inputs, mask=None, training=None, return_statistics=False
+    ):
+        outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        if return_statistics:
+            return outputs, routing_statistics.spec(self.num_experts)
+        return outputs
+
+    def get_config(self):
+        router = self._router_name
+        if router is None:
+            router = keras.saving.serialize_keras_object(self.router)
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "top_k": self.top_k,
+            "router": router,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "num_shared_experts": self.num_shared_experts,
+            "dispatch": self.dispatch,
+            "capacity_factor": self.capacity_factor,
+            "balance_loss": self.balance_loss,
+            "z_loss": self.z_loss,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "capacity": self.capacity,
+            "capacity_group": self.capacity_group,
+            "balance_choices": self.balance_choices,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            **self._router_settings,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        if isinstance(config.get("router"), dict):
+            config["router"] = keras.saving.deserialize_keras_object(config["router"])
+        return cls(**config)
+
+
+class _Load:
+    """The load of the last training step; plain, so Keras does not count it."""
+
+    def __init__(self, num_experts):
+        self.share = self._zeros((num_experts,), "expert_load")
+        self.dropped = self._zeros((), "dropped_fraction")
+
+    @staticmethod
+    def _zeros(shape, name):
+        return keras.Variable(
+            "zeros", shape=shape, dtype="float32", trainable=False, name=name
+        )
+
+    @property
+    def variables(self):
+        return [self.share, self.dropped]

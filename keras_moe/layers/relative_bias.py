@@ -1,0 +1,93 @@
+"""Learned attention biases by distance.
+
+H  heads        T  queries      S  keys
+"""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_moe import checks
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class RelativeBias(keras.layers.Layer):
+    """T5's relative position bias: one value a head and bucket of distances.
+
+    The first half of the buckets holds one distance each, the rest
+    logarithmically growing ranges up to `max_distance`, beyond which all share
+    the last ([Raffel et al., 2019](https://arxiv.org/abs/1910.10683), section
+    2.1). Looking backwards only, as a decoder does: a key after the query counts
+    as distance 0.
+
+    Args:
+        num_heads: int, H.
+        num_buckets: int, at least 2.
+        max_distance: int, in tokens, above `num_buckets / 2`.
+        **kwargs: `name`, `trainable`, `dtype`.
+
+    Call arguments:
+        query_index: int tensor `[T]`, positions of the queries.
+        key_index: int tensor `[S]`, positions of the keys.
+
+    Returns:
+        A tensor `[1, H, T, S]`, to be added to the attention logits.
+
+    Raises:
+        ValueError: for settings outside the ranges above.
+
+    Example:
+
+    ```python
+    bias = keras_moe.layers.RelativeBias(num_heads=4)
+    bias(keras.ops.arange(8), keras.ops.arange(8)).shape  # (1, 4, 8, 8)
+    ```
+    """
+
+    def __init__(self, num_heads, num_buckets=32, max_distance=128, **kwargs):
+        super().__init__(**kwargs)
+        checks.at_least("num_heads", num_heads, 1)
+        checks.at_least("num_buckets", num_buckets, 2)
+        checks.at_least("max_distance", max_distance, num_buckets // 2 + 1)
+        self.num_heads = num_heads
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+
+    def build(self, input_shape):
+        self.embeddings = self.add_weight(
+            name="embeddings",
+            shape=(self.num_buckets, self.num_heads),
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def call(self, query_index, key_index):
+        distance = query_index[:, None] - key_index[None, :]
+        distance = ops.clip(distance, 0, self.max_distance)
+        bucket = ops.take(self._buckets(), distance)
+        bias = ops.take(self.embeddings, bucket, axis=0)
+        return ops.cast(ops.transpose(bias, (2, 0, 1))[None], self.compute_dtype)
+
+    def _buckets(self):
+        """The bucket of every distance `0 .. max_distance`."""
+        # On the host: a logarithm at a range's edge rounds differently elsewhere.
+        exact = self.num_buckets // 2
+        distance = np.arange(self.max_distance + 1)
+        growth = np.log(np.maximum(distance, 1) / exact)
+        growth = growth / math.log(self.max_distance / exact)
+        large = exact + np.floor(growth * (self.num_buckets - exact)).astype(int)
+        buckets = np.where(distance < exact, distance, large)
+        return np.minimum(buckets, self.num_buckets - 1).astype("int32")
+
+    def compute_output_spec(self, query_index, key_index):
+        shape = (1, self.num_heads, query_index.shape[0], key_index.shape[0])
+        return keras.KerasTensor(shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_heads": self.num_heads,
+            "num_buckets": self.num_buckets,
+            "max_distance": self.max_distance,
+        }

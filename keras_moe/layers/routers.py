@@ -1,0 +1,227 @@
+"""Routers: which experts take a token, and with what weight.
+
+T  tokens               D  model features
+E  experts              K  choices a token
+x  [T, D] tokens        W  [D, E] router weights
+h  = x W, logits        p  = scores of all experts, rows summing to 1
+g  gates: the weights with which the chosen experts' outputs are summed
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_moe import checks
+from keras_moe.ops import top_k as top_k_op
+
+
+class Routing(NamedTuple):
+    """What a router decides, and what its losses need.
+
+    Attributes:
+        expert_ids: int32 tensor `[T, K]`. The experts of each token, best first.
+            `E`, one past the last expert, means none: a padding token has it in
+            every place, and dispatch adds it where capacity is exceeded.
+        gates: float32 tensor `[T, K]`, zero where `expert_ids` is `E`.
+        probabilities: float32 tensor `[T, E]`: the scores of all experts,
+            normalised to sum to one.
+        logits: float32 tensor `[T, E]`, before the score function.
+    """
+
+    expert_ids: Any
+    gates: Any
+    probabilities: Any
+    logits: Any
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class Router(keras.layers.Layer):
+    """Base class: a router maps tokens to a `Routing`.
+
+    Always computes in float32, whatever the dtype policy, as Switch Transformers
+    do for stability
+    ([Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2.4).
+
+    Args:
+        num_experts: int, E.
+        top_k: int, K, between 1 and `num_experts`.
+        kernel_initializer: initializer of the `[D, E]` weights.
+        **kwargs: `name`, `trainable`. `dtype` is accepted and ignored.
+
+    Call arguments:
+        inputs: float tensor `[T, D]`.
+        mask: bool tensor `[T]`, False for padding, or None.
+        training: bool.
+
+    Returns:
+        A `Routing`.
+
+    Raises:
+        ValueError: if `top_k` is not between 1 and `num_experts`.
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        top_k=1,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        kwargs.pop("dtype", None)
+        super().__init__(dtype="float32", **kwargs)
+        checks.at_least("num_experts", num_experts, 1)
+        checks.top_k(top_k, num_experts)
+        self.supports_masking = True
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+
+    def build(self, input_shape):
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=self.kernel_initializer,
+        )
+
+    def call(self, inputs, mask=None, training=None):
+        raise NotImplementedError(f"{type(self).__name__} must implement `call()`.")
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class TopKRouter(Router):
+    """Each token takes the K experts that score it highest.
+
+    With `h = x W`, the scores are `s = softmax(h)` or `s = sigmoid(h)`, the
+    choices `I = argtop_k(s)`, ties going to the lowest expert, and the gates
+
+    - `g = s[I]` as they are: Switch
+      ([Fedus et al., 2021](https://arxiv.org/abs/2101.03961), eq. 1-2) and
+      DeepSeekMoE ([Dai et al., 2024](https://arxiv.org/abs/2401.06066), eq. 9-11);
+    - `g = s[I] / sum(s[I])` with `normalize_gates`: GShard
+      ([Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1);
+      with sigmoid scores DeepSeek-V3
+      ([2024](https://arxiv.org/abs/2412.19437), eq. 13-15);
+    - `g = softmax(h[I])` with `gates_from="top_k"`: Mixtral
+      ([Jiang et al., 2024](https://arxiv.org/abs/2401.04088), section 2.1),
+      equal to normalised softmax gates.
+
+    Args:
+        num_experts: int, E.
+        top_k: int, K, between 1 and `num_experts`.
+        scores: `"softmax"` or `"sigmoid"`.
+        normalize_gates: bool, or None for `top_k > 1`: the only gate of a top-1
+            router, normalised, would be the constant 1 and teach it nothing.
+        gates_from: `"all"` takes the gates from the scores of all experts,
+            `"top_k"` applies the score function to the K chosen logits alone.
+        jitter: float, at least 0 and below 1. In training the router sees the
+            tokens times noise drawn from `uniform(1 - jitter, 1 + jitter)`
+            (Switch, section 2.4). The experts see them unchanged.
+        seed: int or None, of the jitter.
+        kernel_initializer: initializer of the `[D, E]` weights.
+        **kwargs: `name`, `trainable`.
+
+    Call arguments:
+        inputs: float tensor `[T, D]`.
+        mask: bool tensor `[T]`, False for padding, or None.
+        training: bool, whether jitter applies.
+
+    Returns:
+        A `Routing`, in float32.
+
+    Raises:
+        ValueError: for settings outside the ranges above.
+
+    Example:
+
+    ```python
+    router = keras_moe.layers.TopKRouter(num_experts=8, top_k=2)
+    routing = router(keras.random.normal((16, 32)))
+    routing.expert_ids.shape  # (16, 2)
+    ```
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        top_k=2,
+        scores="softmax",
+        normalize_gates=None,
+        gates_from="all",
+        jitter=0.0,
+        seed=None,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts, top_k, kernel_initializer=kernel_initializer, **kwargs
+        )
+        checks.one_of("scores", scores, ("softmax", "sigmoid"))
+        checks.one_of("gates_from", gates_from, ("all", "top_k"))
+        checks.fraction("jitter", jitter)
+        self.scores = scores
+        self.normalize_gates = normalize_gates
+        self.gates_from = gates_from
+        self.jitter = jitter
+        self.seed = seed
+        if jitter:
+            self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, inputs, mask=None, training=None):
+        if self.jitter and training:
+            inputs = inputs * keras.random.uniform(
+                ops.shape(inputs),
+                1.0 - self.jitter,
+                1.0 + self.jitter,
+                dtype="float32",
+                seed=self.seed_generator,
+            )
+        logits = ops.matmul(inputs, self.kernel)
+        scores = self._score(logits)
+        # The same order as that of the scores, which may round to ties.
+        _, expert_ids = top_k_op(logits, self.top_k)
+        if self.gates_from == "all":
+            gates = ops.take_along_axis(scores, expert_ids, axis=-1)
+        else:
+            gates = self._score(ops.take_along_axis(logits, expert_ids, axis=-1))
+        if self._normalizes_gates():
+            gates = _normalize(gates)
+        probabilities = scores if self.scores == "softmax" else _normalize(scores)
+        if mask is not None:
+            mask = ops.cast(mask, "bool")[:, None]
+            expert_ids = ops.where(mask, expert_ids, self.num_experts)
+            gates = ops.where(mask, gates, 0.0)
+        return Routing(expert_ids, gates, probabilities, logits)
+
+    def _score(self, logits):
+        if self.scores == "softmax":
+            return ops.softmax(logits, axis=-1)
+        return ops.sigmoid(logits)
+
+    def _normalizes_gates(self):
+        if self.normalize_gates is None:
+            return self.top_k > 1
+        return self.normalize_gates
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "scores": self.scores,
+            "normalize_gates": self.normalize_gates,
+            "gates_from": self.gates_from,
+            "jitter": self.jitter,
+            "seed": self.seed,
+        }
+
+
+def _normalize(scores):
+    # Sigmoid scores can all underflow; a softmax's cannot.
+    return scores / (ops.sum(scores, axis=-1, keepdims=True) + 1e-20)
