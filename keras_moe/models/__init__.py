@@ -1,0 +1,21 @@
+"""Models, their tokenizer and their presets, as subclasses of KerasHub's."""
+
+from keras_moe.models import presets
+from keras_moe.models._keras_hub import register_names
+from keras_moe.models.moe_backbone import MoEBackbone
+from keras_moe.models.moe_causal_lm import MoECausalLM
+from keras_moe.models.moe_causal_lm_preprocessor import MoECausalLMPreprocessor
+from keras_moe.models.moe_tokenizer import MoETokenizer
+
+__all__ = ["MoEBackbone", "MoECausalLM", "MoECausalLMPreprocessor", "MoETokenizer"]
+
+# Only presets that bring weights: KerasHub would allocate the others first and
+# miss their weights afterwards.
+register_names(
+    {
+        name: (str(presets.ROOT / name), presets.describe(name)["description"])
+        for name in presets.names()
+        if presets.has_weights(presets.ROOT / name)
+    },
+    MoEBackbone,
+)

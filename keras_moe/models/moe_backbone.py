@@ -1,0 +1,391 @@
+"""The decoder backbone: every decoder family is a setting of it.
+
+B  batch        S  sequence length      D  `hidden_dim`     V  `vocabulary_size`
+"""
+
+import inspect
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_moe import checks
+from keras_moe.layers import (
+    DecoderBlock,
+    FeedForward,
+    GroupedQueryAttention,
+    MixtureOfExperts,
+)
+from keras_moe.layers.decoder_block import normalization
+from keras_moe.models import presets
+from keras_moe.models._keras_hub import classproperty
+from keras_moe.models.compression import warn_experts_left
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoEBackbone(keras_hub.models.Backbone):
+    """A decoder-only Transformer whose feed-forward blocks are mixtures.
+
+    One class for every decoder family; a published model is a preset of its
+    settings: Mixtral ([Jiang et al., 2024](https://arxiv.org/abs/2401.04088)),
+    DeepSeekMoE ([Dai et al., 2024](https://arxiv.org/abs/2401.06066)), GLaM
+    ([Du et al., 2021](https://arxiv.org/abs/2112.06905)). With `num_experts=0` it
+    is the dense Transformer to compare with.
+
+    Layer `i`, from 0, is a mixture where `i >= dense_first_layers` and
+    `i % moe_every == moe_offset`, and dense elsewhere.
+
+    Args:
+        vocabulary_size: int, V.
+        num_layers: int, decoder blocks.
+        hidden_dim: int, D.
+        num_query_heads: int.
+        num_key_value_heads: int or None for `num_query_heads`, which it divides.
+        head_dim: int or None for `hidden_dim / num_query_heads`.
+        num_experts: int, experts of a mixture; 0 makes every layer dense.
+        top_k: int, experts a token takes, between 1 and `num_experts`.
+        expert_dim: int, the hidden width of one expert.
+        num_shared_experts: int, experts that every token takes.
+        moe_every: int, every how many layers a mixture stands.
+        moe_offset: int, below `moe_every`, at which of them.
+        dense_first_layers: int, leading layers that are dense in any case.
+        dense_dim: int, the hidden width of dense layers; needed where there are
+            any.
+        activation: a Keras activation by name, of experts and dense layers.
+        expert_gated: bool, gated experts.
+        dense_gated: bool, gated dense layers; None for `expert_gated`.
+        router: see `MixtureOfExperts`, as for `scores`, `normalize_gates`,
+            `gates_from`, `router_jitter`, `dispatch`, `capacity_factor`,
+            `eval_capacity_factor`, `capacity`, `capacity_group`, `balance_loss`,
+            `z_loss` (both a layer, summed over layers) and `balance_choices`.
+        positions: `"rotary"` or `"relative_bias"` (T5's, its own in each layer).
+        rope_theta: float, base of the rotary wavelengths.
+        relative_buckets: int, buckets of the relative bias.
+        relative_max_distance: int, in tokens, the last bucket's start.
+        norm: `"rms"` or `"layer"`.
+        norm_epsilon: float.
+        tied_embeddings: bool, the output projection is the embedding transposed.
+        dropout: float in `[0, 1)`, of both sublayers' outputs.
+        initializer_stddev: float, of the normal initializer of all matrices.
+        context_length: int or None, the longest sequence in tokens; a longer one
+            raises.
+        dtype: dtype policy, by name or as an object.
+        **kwargs: `name`, `trainable`.
+
+    Call arguments:
+        inputs: dict of `token_ids`, int `[B, S]`, each at least 0 and below V,
+            and `padding_mask`, bool or int `[B, S]`, 0 for padding at either end.
+
+    Returns:
+        A tensor `[B, S, D]`: the hidden states after the last norm. An empty
+        batch gives an empty result.
+
+    Raises:
+        ValueError: for settings outside the ranges above, sequences longer than
+            `context_length`, and NumPy token ids out of range.
+
+    Example:
+
+    ```python
+    backbone = keras_moe.models.MoEBackbone(
+        vocabulary_size=1000,
+        num_layers=2,
+        hidden_dim=64,
+        num_query_heads=4,
+        num_experts=8,
+        top_k=2,
+        expert_dim=128,
+    )
+    hidden_states = backbone({
+        "token_ids": np.ones((1, 12), "int32"),
+        "padding_mask": np.ones((1, 12), "bool"),
+    })
+
+    # A published architecture with random weights, made smaller.
+    backbone = keras_moe.models.MoEBackbone.from_preset(
+        "mixtral_8x7b", load_weights=False, num_layers=2, hidden_dim=256
+    )
+    ```
+    """
+
+    def __init__(
+        self,
+        vocabulary_size,
+        num_layers,
+        hidden_dim,
+        num_query_heads,
+        num_key_value_heads=None,
+        head_dim=None,
+        num_experts=0,
+        top_k=2,
+        expert_dim=None,
+        num_shared_experts=0,
+        moe_every=1,
+        moe_offset=0,
+        dense_first_layers=0,
+        dense_dim=None,
+        activation="silu",
+        expert_gated=True,
+        dense_gated=None,
+        router="top_k",
+        scores="softmax",
+        normalize_gates=None,
+        gates_from="all",
+        router_jitter=0.0,
+        dispatch="dropless",
+        capacity_factor=None,
+        eval_capacity_factor=None,
+        capacity=None,
+        capacity_group="batch",
+        balance_loss=0.0,
+        z_loss=0.0,
+        balance_choices="all",
+        positions="rotary",
+        rope_theta=10000.0,
+        relative_buckets=32,
+        relative_max_distance=128,
+        norm="rms",
+        norm_epsilon=1e-6,
+        tied_embeddings=False,
+        dropout=0.0,
+        initializer_stddev=0.02,
+        context_length=None,
+        dtype=None,
+        **kwargs,
+    ):
+        settings = {name: value for name, value in locals().items() if name in SETTINGS}
+        _check(settings, kwargs)
+        initializer = keras.initializers.RandomNormal(stddev=initializer_stddev)
+
+        def feed_forward(index):
+            if not _is_mixture(settings, index):
+                return FeedForward(
+                    dense_dim,
+                    activation=activation,
+                    gated=expert_gated if dense_gated is None else dense_gated,
+                    kernel_initializer=initializer,
+                    dtype=dtype,
+                    name="feed_forward",
+                )
+            return MixtureOfExperts(
+                num_experts,
+                expert_dim,
+                activation=activation,
+                gated=expert_gated,
+                kernel_initializer=initializer,
+                dtype=dtype,
+                name="mixture",
+                **{name: settings[name] for name in _MIXTURE_SETTINGS},
+            )
+
+        def block(index):
+            attention = GroupedQueryAttention(
+                num_query_heads,
+                num_key_value_heads,
+                head_dim,
+                positions=positions,
+                rope_theta=rope_theta,
+                relative_buckets=relative_buckets,
+                relative_max_distance=relative_max_distance,
+                dropout=dropout,
+                kernel_initializer=initializer,
+                dtype=dtype,
+                name="attention",
+            )
+            return DecoderBlock(
+                attention,
+                feed_forward(index),
+                norm=norm,
+                norm_epsilon=norm_epsilon,
+                dropout=dropout,
+                dtype=dtype,
+                name=f"transformer_layer_{index}",
+            )
+
+        # === Layers ===
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            vocabulary_size,
+            hidden_dim,
+            tie_weights=tied_embeddings,
+            embeddings_initializer=initializer,
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.transformer_layers = [block(index) for index in range(num_layers)]
+        self.layer_norm = normalization(
+            norm, norm_epsilon, dtype=dtype, name="final_norm"
+        )
+
+        # === Functional model ===
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
+        x = self.token_embedding(token_ids)
+        for layer in self.transformer_layers:
+            x = layer(x, padding_mask=padding_mask)
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self.layer_norm(x),
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+    def __call__(self, inputs, *args, **kwargs):
+        check_inputs(inputs, self.vocabulary_size, self.context_length)
+        return super().__call__(inputs, *args, **kwargs)
+
+    @property
+    def mixtures(self):
+        """The `MixtureOfExperts` layers, first to last."""
+        return [
+            layer.feed_forward for layer in self.transformer_layers if layer.is_mixture
+        ]
+
+    def routing_statistics(self, inputs):
+        """How each mixture routes a batch, as the `RoutingStatistics` of each.
+
+        Args:
+            inputs: as for a call of the backbone.
+
+        Returns:
+            A list of `RoutingStatistics`, one a mixture, first to last. They are
+            sums: those of several batches add. See
+            `keras_moe.layers.routing_statistics` for what to make of them.
+        """
+        check_inputs(inputs, self.vocabulary_size, self.context_length)
+        x = self.token_embedding(keras.ops.convert_to_tensor(inputs["token_ids"]))
+        mask = keras.ops.convert_to_tensor(inputs["padding_mask"])
+        found = []
+        for layer in self.transformer_layers:
+            x, statistics = layer(x, padding_mask=mask, return_statistics=True)
+            if statistics is not None:
+                found.append(statistics)
+        return found
+
+    @classproperty
+    def presets(cls):
+        """A dict of the presets by name: family, paper, licence, checkpoint."""
+        return presets.descriptions()
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Builds a backbone from a preset.
+
+        Args:
+            preset: str: the name of a preset (see `MoEBackbone.presets`), or a
+                local folder or a handle as KerasHub accepts them.
+            load_weights: bool. A published architecture whose weights are not
+                here needs False, for random weights.
+            **kwargs: settings to override, such as `dtype`, `num_layers` or
+                `dropout`. With weights, those that change none of them.
+
+        Raises:
+            ValueError: for an unknown preset, weights that do not exist or fit,
+                and broken JSON.
+        """
+        folder = presets.preset_folder(preset, load_weights)
+        backbone = super().from_preset(folder, load_weights=load_weights, **kwargs)
+        if load_weights:
+            presets.check_weights(folder, backbone)
+        return backbone
+
+    def enable_lora(self, rank, target_layer_names=None):
+        """As KerasHub's; experts take no part yet, and a warning says so."""
+        super().enable_lora(rank, target_layer_names)
+        warn_experts_left(self, "enable_lora")
+
+    def quantize(self, mode=None, **kwargs):
+        """As Keras's; experts and routers stay as they are, and a warning says so."""
+        super().quantize(mode, **kwargs)
+        warn_experts_left(self, "quantize")
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, **{name: getattr(self, name) for name in SETTINGS}}
+
+
+SETTINGS = tuple(
+    name
+    for name in inspect.signature(MoEBackbone.__init__).parameters
+    if name not in ("self", "dtype", "kwargs")
+)
+
+_MIXTURE_SETTINGS = (
+    "top_k",
+    "num_shared_experts",
+    "router",
+    "scores",
+    "normalize_gates",
+    "gates_from",
+    "router_jitter",
+    "dispatch",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "capacity",
+    "capacity_group",
+    "balance_loss",
+    "z_loss",
+    "balance_choices",
+)
+
+
+def _is_mixture(settings, index):
+    return (
+        settings["num_experts"] > 0
+        and index >= settings["dense_first_layers"]
+        and index % settings["moe_every"] == settings["moe_offset"]
+    )
+
+
+def _check(settings, others):
+    """What the layers cannot check, or only after long work."""
+    for name in others:
+        # Keras would take a misspelt setting in silence.
+        checks.one_of("setting", name, (*SETTINGS, "dtype", "name", "trainable"))
+    for name in ("vocabulary_size", "num_layers", "hidden_dim", "moe_every"):
+        checks.at_least(name, settings[name], 1)
+    for name in ("num_experts", "moe_offset", "dense_first_layers"):
+        checks.at_least(name, settings[name], 0)
+    if settings["context_length"] is not None:
+        checks.at_least("context_length", settings["context_length"], 1)
+    checks.positive("initializer_stddev", settings["initializer_stddev"])
+    if settings["moe_offset"] >= settings["moe_every"]:
+        raise ValueError(
+            "`moe_offset` must be below `moe_every` "
+            f"({settings['moe_every']}). Received: moe_offset={settings['moe_offset']}"
+        )
+    kinds = {_is_mixture(settings, i) for i in range(settings["num_layers"])}
+    for kind, name in ((True, "expert_dim"), (False, "dense_dim")):
+        if kind in kinds and settings[name] is None:
+            raise ValueError(
+                f"`{name}` is needed where there are "
+                f"{'mixture' if kind else 'dense'} layers. Received: {name}=None"
+            )
+
+
+def check_inputs(inputs, vocabulary_size, context_length):
+    """Refuses a sequence too long, and token ids out of range where known.
+
+    Ids are read only where that costs no transfer: in NumPy arrays.
+    """
+    token_ids = inputs["token_ids"]
+    length = (
+        np.shape(token_ids)[-1]
+        if not hasattr(token_ids, "shape")
+        else (token_ids.shape[-1])
+    )
+    if context_length is not None and length is not None and length > context_length:
+        raise ValueError(
+            "`token_ids` must not be longer than the model's `context_length` "
+            f"({context_length}). Received: token_ids.shape={tuple(token_ids.shape)}"
+        )
+    if isinstance(token_ids, (np.ndarray, list)) and np.size(token_ids):
+        low, high = np.min(token_ids), np.max(token_ids)
+        if low < 0 or high >= vocabulary_size:
+            raise ValueError(
+                "`token_ids` must be at least 0 and below `vocabulary_size` "
+                f"({vocabulary_size}). Received: ids from {low} to {high}"
+            )

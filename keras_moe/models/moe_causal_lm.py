@@ -1,0 +1,368 @@
+"""The causal language model over the decoder backbone.
+
+B  batch        S  sequence length, prompt and generated tokens together
+D  model features           V  vocabulary
+"""
+
+import warnings
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_moe import checks
+from keras_moe.models import presets
+from keras_moe.models._keras_hub import any_equal, classproperty, preset_has_file
+from keras_moe.models.compression import warn_experts_left
+from keras_moe.models.moe_backbone import SETTINGS, MoEBackbone, check_inputs
+from keras_moe.models.moe_causal_lm_preprocessor import MoECausalLMPreprocessor
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoECausalLM(keras_hub.models.CausalLM):
+    """A mixture-of-experts language model that trains on text and generates it.
+
+    All that KerasHub's users do with a `CausalLM` works: `fit`, `evaluate` and
+    `predict` on strings, `generate` with every sampler, `score`, saving in every
+    format. Balance and router z-losses of the mixtures are part of the training
+    loss.
+
+    `generate()` takes prompts padded at the right; padded at the left they are
+    refused. A call of the model accepts either.
+
+    Args:
+        backbone: a `MoEBackbone`.
+        preprocessor: a `MoECausalLMPreprocessor`, or None to work on token ids.
+        **kwargs: as for `keras_hub.models.CausalLM`.
+
+    Call arguments:
+        inputs: dict of `token_ids`, int `[B, S]`, and `padding_mask`,
+            bool or int `[B, S]`.
+
+    Returns:
+        Logits, `[B, S, V]`.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the backbone.
+
+    Example:
+
+    ```python
+    causal_lm = keras_moe.models.MoECausalLM.from_preset("mixtral_tiny_en")
+    causal_lm.generate("The import statement", max_length=64)
+    causal_lm.compile(optimizer=keras.optimizers.AdamW(1e-3), sampler="greedy")
+    causal_lm.fit(["Some text to learn.", "And more of it."], batch_size=2)
+    ```
+    """
+
+    backbone_cls = MoEBackbone
+    preprocessor_cls = MoECausalLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        if preprocessor is not None:
+            _check_vocabulary(preprocessor.tokenizer, backbone)
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+        # === Functional model ===
+        inputs = backbone.input
+        outputs = backbone.token_embedding(backbone(inputs), reverse=True)
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    @classproperty
+    def presets(cls):
+        """A dict of the presets by name: family, paper, licence, checkpoint."""
+        return presets.descriptions()
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """Builds a causal language model from a preset.
+
+        Args:
+            preset: as for `MoEBackbone.from_preset`.
+            load_weights: bool, as there.
+            **kwargs: settings of the backbone to override, as there, and
+                arguments of this class. Without `preprocessor` the preset's own
+                is loaded, and a preset without a tokenizer has none.
+
+        Raises:
+            ValueError: as there.
+        """
+        preset = presets.preset_folder(preset, load_weights)
+        settings = {
+            name: kwargs.pop(name) for name in ("dtype", *SETTINGS) if name in kwargs
+        }
+        if "backbone" not in kwargs:
+            kwargs["backbone"] = MoEBackbone.from_preset(
+                preset, load_weights=load_weights, **settings
+            )
+        elif settings:
+            raise ValueError(
+                "`backbone` cannot be given together with settings of a backbone. "
+                f"Received: backbone and {', '.join(settings)}"
+            )
+        if "preprocessor" not in kwargs and preset_has_file(preset, "tokenizer.json"):
+            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
+        return cls(**kwargs)
+
+    def compile(self, optimizer="auto", *args, **kwargs):
+        """As `keras_hub.models.CausalLM.compile`, aware of half-precision weights.
+
+        Adam divides by `1 - beta_2`; where weights, and so its state, are
+        bfloat16 or float16, `beta_2 = 0.999` rounds to 1 and no weight moves, or
+        all become NaN. There `"auto"` is `Lion(1e-4)`, and such an optimizer
+        brings a warning. `mixed_bfloat16`, whose weights are float32, takes any.
+
+        Args:
+            optimizer: `"auto"`, a name, or a `keras.optimizers.Optimizer`.
+            *args: as for KerasHub's `compile`.
+            **kwargs: as for KerasHub's `compile`, `sampler` among them.
+        """
+        half = keras.backend.standardize_dtype(self.backbone.variable_dtype)
+        if half in ("bfloat16", "float16"):
+            if isinstance(optimizer, str) and optimizer == "auto":
+                optimizer = keras.optimizers.Lion(1e-4)
+            else:
+                optimizer = keras.optimizers.get(optimizer)
+                _warn_of_beta(optimizer, half)
+        super().compile(optimizer, *args, **kwargs)
+
+    def get_compile_config(self):
+        return {
+            **super().get_compile_config(),
+            "sampler": keras_hub.samplers.serialize(self.sampler),
+        }
+
+    def compile_from_config(self, config):
+        # Keras gives up on models with a `compile()` of their own, and with it on
+        # the optimizer's state.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def call_with_cache(self, token_ids, cache, cache_update_index, padding_mask=None):
+        """A forward pass over new tokens that reads and extends a cache.
+
+        Args:
+            token_ids: int tensor `[B, T]`, the tokens to process.
+            cache: a pair of keys and values a layer, as `build_cache` makes it;
+                every leaf has the batch first.
+            cache_update_index: int or scalar int tensor, the position of the
+                first of them.
+            padding_mask: bool tensor `[B, T]` or None. Padding at the right,
+                which takes no expert.
+
+        Returns:
+            `(logits [B, T, V], hidden_states [B, T, D], cache)`.
+        """
+        x = self.backbone.token_embedding(token_ids)
+        updated = []
+        for layer, layer_cache in zip(
+            self.backbone.transformer_layers, cache, strict=True
+        ):
+            x, layer_cache = layer(
+                x,
+                padding_mask=padding_mask,
+                cache=layer_cache,
+                cache_index=cache_update_index,
+            )
+            updated.append(layer_cache)
+        hidden_states = self.backbone.layer_norm(x)
+        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        return logits, hidden_states, tuple(updated)
+
+    def build_cache(self, batch_size, length):
+        """An empty cache: zeros, a pair `[batch_size, length, G, d]` a layer."""
+        attention = self.backbone.transformer_layers[0].attention
+        shape = (batch_size, length, attention.num_key_value_heads, attention.head_dim)
+        return tuple(
+            (
+                ops.zeros(shape, dtype=self.compute_dtype),
+                ops.zeros(shape, dtype=self.compute_dtype),
+            )
+            for _ in self.backbone.transformer_layers
+        )
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", **kwargs):
+        """As `keras_hub.models.CausalLM.generate`, with its input checked.
+
+        Args:
+            inputs: strings, or without a preprocessor a dict of `token_ids` and
+                `padding_mask`, both `[B, S]`, padded at the right.
+            max_length: int, S, at most the backbone's `context_length`.
+            stop_token_ids: `"auto"`, None or a tuple of ids.
+            **kwargs: `strip_prompt`.
+
+        Raises:
+            ValueError: for an empty batch or prompt, left padding, ids out of
+                range, and S beyond the context.
+        """
+        self._check_prompt(inputs, max_length)
+        return super().generate(
+            inputs, max_length=max_length, stop_token_ids=stop_token_ids, **kwargs
+        )
+
+    def _check_prompt(self, inputs, max_length):
+        context = self.backbone.context_length
+        if self.preprocessor is not None:
+            if max_length is not None:
+                checks.at_least("max_length", max_length, 1)
+            length = max_length or self.preprocessor.sequence_length
+            if context is not None and length > context:
+                raise ValueError(
+                    "`max_length` must not exceed the model's `context_length` "
+                    f"({context}). Received: max_length={max_length} and a "
+                    f"preprocessor of {self.preprocessor.sequence_length} tokens"
+                )
+        elif isinstance(inputs, dict):
+            inputs = {
+                name: ops.convert_to_numpy(inputs[name])
+                for name in ("token_ids", "padding_mask")
+            }
+            check_inputs(inputs, self.backbone.vocabulary_size, context)
+            _check_right_padding(inputs["padding_mask"].astype(bool))
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Generates for one batch of token ids; compiled by `generate()`.
+
+        Args:
+            inputs: dict of `token_ids`, int `[B, S]`, and `padding_mask`,
+                `[B, S]`, prompts padded at the right to the length wanted.
+            stop_token_ids: None or a tuple of ids: generation ends once every
+                sequence has produced one.
+
+        Returns:
+            The same dict, filled in.
+        """
+        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
+        padding_mask = ops.cast(padding_mask, "bool")
+        batch_size, length = ops.shape(token_ids)
+        # The whole prompt at once; what lies beyond each prompt is overwritten
+        # before anything attends to it.
+        _, hidden_states, cache = self.call_with_cache(
+            token_ids, self.build_cache(batch_size, length), 0, padding_mask
+        )
+        prompt_lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
+
+        def next(prompt, cache, index):
+            last = ops.slice(prompt, [0, index - 1], [ops.shape(prompt)[0], 1])
+            logits, hidden_states, cache = self.call_with_cache(last, cache, index - 1)
+            return logits[:, 0], hidden_states[:, 0], cache
+
+        token_ids = self.sampler(
+            next=next,
+            prompt=token_ids,
+            cache=cache,
+            index=ops.min(prompt_lengths),
+            mask=padding_mask,
+            stop_token_ids=stop_token_ids,
+            hidden_states=hidden_states,
+            model=self,
+        )
+        if stop_token_ids is None:
+            padding_mask = ops.ones_like(token_ids, dtype="bool")
+        else:
+            # Padding begins after the first stop token that was generated.
+            stops = any_equal(token_ids, stop_token_ids, ops.logical_not(padding_mask))
+            stops = ops.cast(stops, "int32")
+            padding_mask = ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """The logits of given tokens, or the loss of each, as KerasHub's `score`.
+
+        Args:
+            token_ids: int `[B, S]`.
+            padding_mask: bool `[B, S]`, or None for no padding.
+            scoring_mode: `"logits"` or `"loss"`.
+            layer_intercept_fn: callable `(x [B, S, D], index) -> [B, S, D]` applied
+                to the embeddings (index -1) and to every layer's output.
+            target_ids: int `[B, S]`, needed by `"loss"`: the tokens to predict.
+
+        Returns:
+            Logits `[B, S, V]`, or the cross-entropy in nats, `[B, S]`.
+
+        Raises:
+            ValueError: for an unknown mode, missing targets, and ids out of range.
+        """
+        checks.one_of("scoring_mode", scoring_mode, ("logits", "loss"))
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError(
+                '`target_ids` is needed by `scoring_mode="loss"`. '
+                "Received: target_ids=None"
+            )
+        check_inputs(
+            {"token_ids": token_ids},
+            self.backbone.vocabulary_size,
+            self.backbone.context_length,
+        )
+        token_ids = ops.convert_to_tensor(token_ids)
+        if padding_mask is None:
+            padding_mask = ops.ones_like(token_ids, dtype="bool")
+        intercept = layer_intercept_fn or (lambda x, index: x)
+        x = intercept(self.backbone.token_embedding(token_ids), -1)
+        for index, layer in enumerate(self.backbone.transformer_layers):
+            x = intercept(layer(x, padding_mask=padding_mask), index)
+        x = self.backbone.layer_norm(x)
+        logits = self.backbone.token_embedding(x, reverse=True)
+        if scoring_mode == "logits":
+            return logits
+        return keras.losses.sparse_categorical_crossentropy(
+            target_ids, logits, from_logits=True
+        )
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        if self.preprocessor is None and isinstance(x, dict):
+            check_inputs(x, self.backbone.vocabulary_size, self.backbone.context_length)
+        return super().preprocess_samples(x, y, sample_weight)
+
+    def quantize(self, mode=None, **kwargs):
+        """As Keras's; experts and routers stay as they are, and a warning says so."""
+        super().quantize(mode, **kwargs)
+        warn_experts_left(self, "quantize")
+
+
+def _check_vocabulary(tokenizer, backbone):
+    try:
+        size = tokenizer.vocabulary_size()
+    except ValueError:
+        return  # a saved model is being read: its vocabulary comes later
+    if size > backbone.vocabulary_size:
+        raise ValueError(
+            "`preprocessor` must not have more tokens than the backbone's "
+            f"`vocabulary_size` ({backbone.vocabulary_size}). Received: a tokenizer "
+            f"with vocabulary_size={size}"
+        )
+
+
+def _check_right_padding(mask):
+    if mask.shape[0] == 0:
+        raise ValueError(
+            "`inputs` must hold at least one prompt. "
+            f"Received: padding_mask.shape={mask.shape}"
+        )
+    if not mask[:, :1].all() or (np.diff(mask.astype(int), axis=1) > 0).any():
+        raise ValueError(
+            "`inputs` must hold prompts of at least one token, padded at the right. "
+            "Received: a `padding_mask` with padding before a token"
+        )
+
+
+def _warn_of_beta(optimizer, dtype):
+    beta = getattr(optimizer, "beta_2", None)
+    # float16 keeps 0.999; its epsilon, 1e-7 squared away, is what fails there.
+    if beta is not None and (dtype == "float16" or beta > 1 - 2**-9):
+        warnings.warn(
+            f"{type(optimizer).__name__} does not train {dtype} weights: its beta_2="
+            f"{beta} or epsilon is lost in that precision. Use the dtype policy "
+            f"'mixed_{dtype}', or an optimizer such as keras.optimizers.Lion.",
+            stacklevel=3,
+        )

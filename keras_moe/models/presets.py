@@ -1,0 +1,210 @@
+"""Presets: where a name leads, and what a preset's folder must hold.
+
+A preset is a folder of data, as KerasHub reads it: `config.json` (the settings of
+a backbone), and where they exist `model.weights.h5`, `preprocessor.json`,
+`tokenizer.json` and `assets/`. `preset.json` and `README.md` describe it.
+"""
+
+import difflib
+import functools
+import json
+import pathlib
+
+import h5py
+
+ROOT = pathlib.Path(__file__).parent.parent / "presets"
+WEIGHTS = "model.weights.h5"
+SHARDED_WEIGHTS = "model.weights.json"
+_JSON_FILES = (
+    "config.json",
+    "task.json",
+    "preprocessor.json",
+    "tokenizer.json",
+    SHARDED_WEIGHTS,
+)
+
+
+@functools.cache
+def names():
+    """The names of the presets that come with the package, sorted."""
+    return tuple(sorted(path.parent.name for path in ROOT.glob("*/config.json")))
+
+
+def describe(name):
+    """What `preset.json` says of a preset: a dict."""
+    return _read_json(ROOT / name / "preset.json")
+
+
+def descriptions():
+    """What `preset.json` says of every preset: a dict by name."""
+    return {name: describe(name) for name in names()}
+
+
+def has_weights(folder):
+    """Whether a local folder holds weights."""
+    return any((pathlib.Path(folder) / f).exists() for f in (WEIGHTS, SHARDED_WEIGHTS))
+
+
+def preset_folder(preset, load_weights=False):
+    """The folder of a preset, checked as far as that costs little.
+
+    Args:
+        preset: str: a preset's name, a local folder, or a handle such as
+            `"hf://user/model"`, which is returned as it came.
+        load_weights: bool, whether weights must be there.
+
+    Returns:
+        str: a path or a handle.
+
+    Raises:
+        ValueError: for an unknown name, JSON that is broken or not an object, a
+            shard outside the folder, and missing or broken weights.
+        FileNotFoundError: for a folder without `config.json`, or without a shard.
+    """
+    if not isinstance(preset, (str, pathlib.Path)):
+        raise ValueError(
+            "`preset` must be a preset's name, a folder or a handle. "
+            f"Received: preset={preset!r}"
+        )
+    if "://" in str(preset):
+        return preset
+    folder = ROOT / preset if str(preset) in names() else pathlib.Path(preset)
+    if not folder.is_dir():
+        close = difflib.get_close_matches(str(preset), names(), n=3, cutoff=0.5)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise ValueError(
+            f"`preset` must be one of {', '.join(names())}, an existing folder, or a "
+            f"handle such as 'hf://user/model'.{hint} Received: preset={str(preset)!r}"
+        )
+    _check_files(folder)
+    if load_weights:
+        if not has_weights(folder):
+            raise ValueError(_no_weights(preset, folder))
+        _check_hdf5(folder)
+    return str(folder)
+
+
+def check_weights(folder, model):
+    """Raises where weights files hold other variables than `model` has.
+
+    Keras reports what is missing or of another shape; it passes over what the
+    files have beyond that, such as the layers cut off by a smaller `num_layers`.
+    """
+    paths = _weight_files(pathlib.Path(folder))
+    if not paths:
+        return  # a handle
+    found = sum(_count_variables(path) for path in paths)
+    if found != len(model.weights):
+        raise ValueError(
+            f"The weights in {str(folder)!r} must fit the model's settings. Received: "
+            f"{found} variables in the files for {len(model.weights)} in the model"
+        )
+
+
+def _weight_files(folder):
+    """The files that hold the weights of a local folder, as KerasHub chooses them."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / SHARDED_WEIGHTS).is_file():
+        return [folder / shard for shard in _shards(folder)]
+    return []
+
+
+def _count_variables(path):
+    found = []
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset) and "seed_generator" not in name:
+            found.append(name)
+
+    with h5py.File(path, "r") as file:
+        file.visititems(visit)
+    return len(found)
+
+
+def _check_files(folder):
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            "`preset` must hold `config.json`. Received: "
+            f"preset={str(folder)!r}, which does not."
+        )
+    for name in _JSON_FILES:
+        if (folder / name).exists():
+            _read_json(folder / name)
+    if (folder / SHARDED_WEIGHTS).exists():
+        _check_shards(folder)
+
+
+def _check_shards(folder):
+    for shard in _shards(folder):
+        if pathlib.PurePath(shard).name != shard:
+            raise ValueError(
+                f"{SHARDED_WEIGHTS!r} must name files in the preset's folder. "
+                f"Received: {shard!r} in {str(folder)!r}"
+            )
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(
+                f"{SHARDED_WEIGHTS!r} names the file {shard!r}, which is missing "
+                f"from {str(folder)!r}."
+            )
+
+
+def _check_hdf5(folder):
+    for path in _weight_files(folder):
+        if not h5py.is_hdf5(path):
+            raise ValueError(
+                f"{str(path)!r} must be an HDF5 file. Received: one that is broken, "
+                "or a pointer to the real one"
+            )
+
+
+def _shards(folder):
+    """The names of the files that the index of sharded weights lists, sorted."""
+    weight_map = _read_json(folder / SHARDED_WEIGHTS).get("weight_map")
+    shards = weight_map.values() if isinstance(weight_map, dict) else [None]
+    found = set()
+    for shard in shards:  # a file name, or a list of them
+        for name in shard if isinstance(shard, list) else [shard]:
+            if not isinstance(name, str):
+                raise ValueError(
+                    f"{SHARDED_WEIGHTS!r} must hold a `weight_map` of file names. "
+                    f"Received: weight_map={weight_map!r} in {str(folder)!r}"
+                )
+            found.add(name)
+    return sorted(found)
+
+
+def _read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} must be valid JSON. Received: {error}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{str(path)!r} must hold a JSON object. "
+            f"Received: a {type(content).__name__}"
+        )
+    return content
+
+
+def _no_weights(preset, folder):
+    message = (
+        f"The preset {str(preset)!r} holds no weights. For this architecture with "
+        "random weights pass `load_weights=False`."
+    )
+    checkpoint = None
+    if (folder / "preset.json").exists():
+        checkpoint = _read_json(folder / "preset.json").get("checkpoint")
+    if checkpoint:
+        message += (
+            f" Trained weights are published as {checkpoint!r}; they cannot be "
+            "converted by this version yet."
+        )
+    elif str(preset) in names():
+        message += " No trained weights of it have been published."
+    trained = [name for name in names() if has_weights(ROOT / name)]
+    if trained:
+        message += f" Presets with weights: {', '.join(trained)}."
+    return message
