@@ -1,5 +1,9 @@
 """Checks of arguments, each with an error that names what was expected and came."""
 
+import math
+
+import keras
+
 
 def at_least(name, value, minimum):
     """`value` is an int, not below `minimum`."""
@@ -11,18 +15,19 @@ def at_least(name, value, minimum):
 
 
 def positive(name, value):
-    """`value` is a number above zero."""
-    if not _is_number(value) or not value > 0:
+    """`value` is a finite number above zero."""
+    if not _is_number(value) or not 0 < value < math.inf:
         raise ValueError(
-            f"`{name}` must be a positive number. Received: {name}={value!r}"
+            f"`{name}` must be a finite positive number. Received: {name}={value!r}"
         )
 
 
 def not_negative(name, value):
-    """`value` is a number, zero or more."""
-    if not _is_number(value) or not value >= 0:
+    """`value` is a finite number, zero or more."""
+    if not _is_number(value) or not 0 <= value < math.inf:
         raise ValueError(
-            f"`{name}` must be a number, zero or more. Received: {name}={value!r}"
+            f"`{name}` must be a finite number, zero or more. "
+            f"Received: {name}={value!r}"
         )
 
 
@@ -42,6 +47,17 @@ def one_of(name, value, choices):
             f"`{name}` must be one of {', '.join(map(repr, choices))}. "
             f"Received: {name}={value!r}"
         )
+
+
+def activation(name, value):
+    """The Keras activation that `value` names or is."""
+    try:
+        return keras.activations.get(value)
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must be the name of a Keras activation or a callable. "
+            f"Received: {name}={value!r}"
+        ) from None
 
 
 def top_k(value, num_experts):

@@ -19,6 +19,8 @@ def expert_capacity(capacity_factor, group_size, num_experts, top_k):
     GShard's `2 G / E` does ([Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668),
     section 3.2).
 
+    Evaluated in float64, from left to right.
+
     Args:
         capacity_factor: float, positive.
         group_size: int or scalar int tensor, G, padding included.
@@ -34,7 +36,7 @@ def expert_capacity(capacity_factor, group_size, num_experts, top_k):
     checks.positive("capacity_factor", capacity_factor)
     if isinstance(group_size, int):
         return math.ceil(capacity_factor * top_k * group_size / num_experts)
-    share = ops.cast(group_size, "float64") * capacity_factor * top_k / num_experts
+    share = capacity_factor * top_k * ops.cast(group_size, "float64") / num_experts
     return ops.cast(ops.ceil(share), "int32")
 
 
@@ -64,14 +66,23 @@ def limit_capacity(routing, capacity, group_size, num_experts):
     flat = ops.reshape(ops.transpose(bucket), (-1,))
     order = ops.argsort(flat)
     sorted_buckets = ops.take(flat, order)
-    first = ops.searchsorted(sorted_buckets, sorted_buckets, side="left")
-    place_in_order = ops.arange(ops.shape(flat)[0], dtype="int32") - ops.cast(
-        first, "int32"
-    )
-    place = ops.take(place_in_order, ops.argsort(order))
+    place = ops.take(_place_in_run(sorted_buckets), ops.argsort(order))
     place = ops.transpose(ops.reshape(place, (top_k, num_tokens)))
     kept = place < capacity
     return routing._replace(
         expert_ids=ops.where(kept, ids, num_experts),
         gates=ops.where(kept, routing.gates, 0.0),
     )
+
+
+def _place_in_run(values):
+    """How many equal entries precede each one, in a sorted int32 vector."""
+    # Not by searching the vector in itself: XLA under TensorFlow searches by
+    # comparing all with all.
+    size = ops.shape(values)[0]
+    index = ops.arange(size, dtype="int32")
+    starts = values != ops.concatenate([values[:1] - 1, values[:-1]])
+    run = ops.cumsum(ops.cast(starts, "int32")) - 1
+    # One segment more than needed: torch takes 0 segments for no argument.
+    first = ops.segment_sum(ops.where(starts, index, 0), run, num_segments=size + 1)
+    return index - ops.take(first, run)

@@ -67,5 +67,8 @@ def combine(rows, order, gates):
     Returns:
         A tensor `[T, D]` of the dtype of `rows`.
     """
-    choices = ops.cast(ops.take(rows, order.positions, axis=0), gates.dtype)
+    # Flat positions: JAX takes no matrix of indices from an empty tensor.
+    choices = ops.take(rows, ops.reshape(order.positions, (-1,)), axis=0)
+    choices = ops.reshape(choices, (-1, gates.shape[1], rows.shape[1]))
+    choices = ops.cast(choices, gates.dtype)
     return ops.cast(ops.sum(choices * gates[..., None], axis=1), rows.dtype)

@@ -110,7 +110,11 @@ class GroupedQueryAttention(keras.layers.Layer):
             checks.divides("hidden_dim", dim, "num_query_heads", self.num_query_heads)
             self.head_dim = dim // self.num_query_heads
         if self.positions == "rotary":
-            checks.divides("head_dim", self.head_dim, "2 with rotary positions", 2)
+            if self.head_dim % 2:
+                raise ValueError(
+                    "`head_dim` must be even with rotary positions. "
+                    f"Received: head_dim={self.head_dim}"
+                )
             self.rotary = keras_hub.layers.RotaryEmbedding(
                 max_wavelength=self.rope_theta, dtype=self.dtype_policy, name="rotary"
             )
@@ -183,6 +187,12 @@ class GroupedQueryAttention(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
+    def compute_output_spec(
+        self, inputs, mask=None, cache=None, cache_index=0, training=None
+    ):
+        outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        return outputs if cache is None else (outputs, cache_spec(cache))
+
     def get_config(self):
         return {
             **super().get_config(),
@@ -196,6 +206,11 @@ class GroupedQueryAttention(keras.layers.Layer):
             "dropout": self.dropout,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+def cache_spec(cache):
+    """The symbolic keys and values that a call returns for `cache`."""
+    return tuple(keras.KerasTensor(part.shape, dtype=part.dtype) for part in cache)
 
 
 def _count_tokens(mask):

@@ -6,6 +6,8 @@ B  batch        T  tokens       D  model features
 import keras
 
 from keras_moe import checks
+from keras_moe.layers import routing_statistics
+from keras_moe.layers.attention import cache_spec
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 
 NORMS = {
@@ -48,6 +50,8 @@ class DecoderBlock(keras.layers.Layer):
         training: bool.
         return_statistics: bool; a mixture's statistics are returned, and not
             recorded.
+        mask: the mask that Keras attached to `inputs`, which it passes by itself;
+            `padding_mask` goes before it.
 
     Returns:
         A tensor `[B, T, D]`, followed by the cache where one was given, followed
@@ -100,8 +104,9 @@ class DecoderBlock(keras.layers.Layer):
 
         self.attention_norm = norm("attention_norm")
         self.feed_forward_norm = norm("feed_forward_norm")
-        self.attention.build(input_shape)
-        self.feed_forward.build(input_shape)
+        for layer in (self.attention, self.feed_forward):
+            if not layer.built:
+                layer.build(input_shape)
         self.output_dropout = keras.layers.Dropout(
             self.dropout, dtype=self.dtype_policy, name="output_dropout"
         )
@@ -114,7 +119,10 @@ class DecoderBlock(keras.layers.Layer):
         cache_index=0,
         training=None,
         return_statistics=False,
+        mask=None,
     ):
+        if padding_mask is None:
+            padding_mask = mask
         x = self.attention_norm(inputs)
         if cache is None:
             x = self.attention(x, mask=padding_mask, training=training)
@@ -142,6 +150,26 @@ class DecoderBlock(keras.layers.Layer):
 
     def compute_output_shape(self, inputs_shape):
         return inputs_shape
+
+    def compute_output_spec(
+        self,
+        inputs,
+        padding_mask=None,
+        cache=None,
+        cache_index=0,
+        training=None,
+        return_statistics=False,
+        mask=None,
+    ):
+        outputs = [keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)]
+        if cache is not None:
+            outputs.append(cache_spec(cache))
+        if return_statistics:
+            spec = None
+            if self.is_mixture:
+                spec = routing_statistics.spec(self.feed_forward.num_experts)
+            outputs.append(spec)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object

@@ -66,7 +66,7 @@ class Experts(keras.layers.Layer):
         checks.at_least("intermediate_dim", intermediate_dim, 1)
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
-        self.activation = keras.activations.get(activation)
+        self.activation = checks.activation("activation", activation)
         self.gated = gated
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 

@@ -51,7 +51,7 @@ class FeedForward(keras.layers.Layer):
         checks.at_least("intermediate_dim", intermediate_dim, 1)
         self.supports_masking = True
         self.intermediate_dim = intermediate_dim
-        self.activation = keras.activations.get(activation)
+        self.activation = checks.activation("activation", activation)
         self.gated = gated
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 

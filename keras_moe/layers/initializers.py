@@ -1,6 +1,12 @@
 """Initialisation of several weights, and of stacked ones, from one initializer."""
 
+import functools
+
 import keras
+from keras import ops
+
+# Those that say something about a matrix as a whole.
+_OF_A_MATRIX = (keras.initializers.Orthogonal, keras.initializers.Identity)
 
 
 def fresh(initializer, index=0):
@@ -8,10 +14,13 @@ def fresh(initializer, index=0):
 
     An initializer gives the same values at every call, so weights of one shape
     need a copy each: unseeded copies draw anew, a seeded one counts on from its
-    seed.
+    seed. One seeded by a generator draws anew by itself, which its copies would
+    not.
     """
     initializer = keras.initializers.get(initializer)
     if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    if isinstance(getattr(initializer, "seed", None), keras.random.SeedGenerator):
         return initializer
     config = initializer.get_config()
     if isinstance(config.get("seed"), int):
@@ -26,11 +35,20 @@ def fresh_per_expert(initializer, num_experts, index=0):
     would count it into the fan, making every expert `sqrt(E)` too small.
     """
     initializer = fresh(initializer, index)
+    if isinstance(initializer, _OF_A_MATRIX):
+        return functools.partial(_stack, initializer)
     if isinstance(initializer, keras.initializers.VarianceScaling):
         return keras.initializers.VarianceScaling(
             scale=initializer.scale * num_experts,
             mode=initializer.mode,
             distribution=initializer.distribution,
-            seed=initializer.get_config()["seed"],
+            seed=initializer.seed,
         )
     return initializer
+
+
+def _stack(initializer, shape, dtype=None):
+    """One matrix of `shape[1:]` an expert, each drawn anew."""
+    # Seeds far enough apart not to meet those of the layer's other weights.
+    copies = (fresh(initializer, 100 * expert) for expert in range(shape[0]))
+    return ops.stack([copy(shape[1:], dtype=dtype) for copy in copies])

@@ -23,6 +23,13 @@ from keras_moe.layers.routers import Router, TopKRouter
 ROUTERS = {"top_k": TopKRouter}
 DISPATCHES = ("dropless", "capacity")
 CAPACITY_GROUPS = ("batch", "sequence")
+_ROUTER_DEFAULTS = {
+    "scores": "softmax",
+    "normalize_gates": None,
+    "gates_from": "all",
+    "router_jitter": 0.0,
+    "seed": None,
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -156,11 +163,12 @@ class MixtureOfExperts(keras.layers.Layer):
         checks.not_negative("balance_loss", balance_loss)
         checks.not_negative("z_loss", z_loss)
         checks.one_of("balance_choices", balance_choices, ("all", "first"))
+        checks.fraction("router_jitter", router_jitter)
         self.supports_masking = True
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
         self.top_k = top_k
-        self.activation = keras.activations.get(activation)
+        self.activation = checks.activation("activation", activation)
         self.gated = gated
         self.num_shared_experts = num_shared_experts
         self.balance_loss = balance_loss
@@ -243,6 +251,12 @@ class MixtureOfExperts(keras.layers.Layer):
                     f"{self.num_experts} and {self.top_k}. Received: a router with "
                     f"num_experts={router.num_experts}, top_k={router.top_k}"
                 )
+            for name, value in settings.items():
+                if value != _ROUTER_DEFAULTS[name]:
+                    raise ValueError(
+                        f"`{name}` belongs to the router: give it to the instance "
+                        f"and not to the layer. Received: {name}={value!r}"
+                    )
             return router
         if not isinstance(router, str):
             raise ValueError(
@@ -264,7 +278,8 @@ class MixtureOfExperts(keras.layers.Layer):
 
     def build(self, input_shape):
         dim = input_shape[-1]
-        self.router.build((None, dim))
+        if not self.router.built:  # a given router may have been used before
+            self.router.build((None, dim))
         self.experts.build((None, dim))
         if self.num_shared_experts:
             self.shared_experts.build(input_shape)

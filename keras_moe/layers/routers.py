@@ -13,6 +13,7 @@ import keras
 from keras import ops
 
 from keras_moe import checks
+from keras_moe.layers.initializers import fresh
 from keras_moe.ops import top_k as top_k_op
 
 
@@ -81,7 +82,7 @@ class Router(keras.layers.Layer):
         self.kernel = self.add_weight(
             name="kernel",
             shape=(input_shape[-1], self.num_experts),
-            initializer=self.kernel_initializer,
+            initializer=fresh(self.kernel_initializer),
         )
 
     def call(self, inputs, mask=None, training=None):

@@ -37,15 +37,18 @@ class RoutingStatistics(NamedTuple):
 
 def spec(num_experts):
     """The symbolic `RoutingStatistics` of a layer of `num_experts`."""
-    scalar = keras.KerasTensor((), dtype="float32")
-    vector = keras.KerasTensor((num_experts,), dtype="float32")
+
+    # A tensor each: a functional model tells them apart by identity.
+    def tensor(*shape):
+        return keras.KerasTensor(shape, dtype="float32")
+
     return RoutingStatistics(
-        tokens=scalar,
-        assignments=vector,
-        first_choices=vector,
-        probabilities=vector,
-        squared_log_partition=scalar,
-        dropped=scalar,
+        tokens=tensor(),
+        assignments=tensor(num_experts),
+        first_choices=tensor(num_experts),
+        probabilities=tensor(num_experts),
+        squared_log_partition=tensor(),
+        dropped=tensor(),
     )
 
 

@@ -1,15 +1,15 @@
 """The JAX formulations.
 
-N rows, D features in, H features out, E groups, B rows in a block.
+N rows, D features in, H features out, E groups.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-_BLOCK = 64  # rows; measured best of 16..256 for experts of 512 x 1024 on a CPU
+# Rows of a block, ascending. A group is cut into blocks of the largest size, and
+# what remains goes into one block of the smallest size that holds it.
+_BLOCKS = (16, 32, 64, 128)
 
 
 def grouped_matmul(x, w, group_sizes):
@@ -44,26 +44,13 @@ def _blockwise_backward(residuals, dy):
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
-def _block_size(num_rows):
-    return max(1, min(_BLOCK, num_rows))
-
-
 def _rows_times_groups(x, w, group_sizes, contract):
     """`x[rows of e] @ w[e]`, contracting axis `contract` of `w`."""
-    num_rows = x.shape[0]
-    features = w.shape[3 - contract]
-    block = _block_size(num_rows)
-    starts = jnp.cumsum(group_sizes) - group_sizes
-    blocks = (group_sizes + block - 1) // block
-    block_ends = jnp.cumsum(blocks)
-    # A block may reach past its group: the next group's blocks, which come
-    # later, overwrite those rows; past the last group they are masked.
-    x = jnp.pad(x, ((0, block), (0, 0)))
+    num_rows, features = x.shape[0], w.shape[3 - contract]
+    x = _pad(x)
 
-    def body(i, y):
-        e = jnp.searchsorted(block_ends, i, side="right", method="compare_all")
-        row = starts[e] + (i - (block_ends[e] - blocks[e])) * block
-        rows = lax.dynamic_slice_in_dim(x, row, block)
+    def write_product(y, e, row, inside):
+        rows = lax.dynamic_slice_in_dim(x, row, inside.shape[0])
         matrix = lax.dynamic_index_in_dim(w, e, keepdims=False)
         product = lax.dot_general(
             rows,
@@ -71,44 +58,77 @@ def _rows_times_groups(x, w, group_sizes, contract):
             (((1,), (contract - 1,)), ((), ())),
             preferred_element_type=y.dtype,
         )
+        # Rows past the group belong to others.
+        kept = lax.dynamic_slice_in_dim(y, row, inside.shape[0])
+        product = jnp.where(inside[:, None], product, kept)
         return lax.dynamic_update_slice_in_dim(y, product, row, axis=0)
 
-    y = jnp.zeros((num_rows + block, features), x.dtype)
-    y = lax.fori_loop(0, block_ends[-1], body, y)[:num_rows]
-    valid = jnp.arange(num_rows) < jnp.sum(group_sizes)
-    return jnp.where(valid[:, None], y, 0)
+    y = _pad(jnp.zeros((num_rows, features), x.dtype))
+    return _over_blocks(write_product, y, group_sizes, num_rows)[:num_rows]
 
 
 def _rows_times_rows(x, dy, group_sizes):
     """`x[rows of e].T @ dy[rows of e]` for every e: the gradient of `w`."""
     (num_rows, d), h = x.shape, dy.shape[1]
-    block = _block_size(num_rows)
-    starts = jnp.cumsum(group_sizes) - group_sizes
-    x = jnp.pad(x, ((0, block), (0, 0)))
-    dy = jnp.pad(dy, ((0, block), (0, 0)))
+    x, dy = _pad(x), _pad(dy)
 
-    def add_block(e, i, total):
-        row = starts[e] + i * block
-        inside = i * block + jnp.arange(block) < group_sizes[e]
-        left = jnp.where(inside[:, None], lax.dynamic_slice_in_dim(x, row, block), 0)
-        right = lax.dynamic_slice_in_dim(dy, row, block)
-        # Rows of the next group may hold infinities: zero both sides.
-        right = jnp.where(inside[:, None], right, 0)
-        return total + lax.dot_general(
+    def add_product(dw, e, row, inside):
+        left, right = (
+            # Rows of other groups may hold infinities: zero both sides.
+            jnp.where(
+                inside[:, None], lax.dynamic_slice_in_dim(t, row, inside.shape[0]), 0
+            )
+            for t in (x, dy)
+        )
+        product = lax.dot_general(
             left,
             right,
             (((0,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
+        total = lax.dynamic_index_in_dim(dw, e, keepdims=False) + product
+        return lax.dynamic_update_index_in_dim(dw, total, e, axis=0)
 
-    def body(e, dw):
-        blocks = (group_sizes[e] + block - 1) // block
-        total = jnp.zeros((d, h), jnp.float32)
-        total = lax.fori_loop(0, blocks, functools.partial(add_block, e), total)
-        return lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), e, axis=0)
+    dw = jnp.zeros((group_sizes.shape[0], d, h), jnp.float32)
+    return _over_blocks(add_product, dw, group_sizes, num_rows).astype(x.dtype)
 
-    dw = jnp.zeros((group_sizes.shape[0], d, h), x.dtype)
-    return lax.fori_loop(0, group_sizes.shape[0], body, dw)
+
+def _pad(rows):
+    """Room for the last block to reach past the last row."""
+    return jnp.pad(rows, ((0, _BLOCKS[-1]), (0, 0)))
+
+
+def _over_blocks(step, carry, group_sizes, num_rows):
+    """Applies `step(carry, group, first row, rows inside the group)` to all blocks.
+
+    Blocks of one size are a loop, whose trip count is the number of them in use.
+    """
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
+    largest = _BLOCKS[-1]
+    whole = group_sizes // largest
+    rest = group_sizes - whole * largest
+
+    def sweep(carry, size, counts, first_rows):
+        last = jnp.cumsum(counts)
+
+        def body(i, carry):
+            e = jnp.searchsorted(last, i, side="right", method="compare_all")
+            row = first_rows[e] + (i - (last[e] - counts[e])) * size
+            inside = row + jnp.arange(size) < ends[e]
+            return step(carry, e, row, inside)
+
+        return lax.fori_loop(0, last[-1], body, carry)
+
+    smaller = 0
+    for size in _BLOCKS:
+        if smaller < num_rows:  # no block of this size otherwise
+            counts = ((rest > smaller) & (rest <= size)).astype(group_sizes.dtype)
+            carry = sweep(carry, size, counts, starts + whole * largest)
+        smaller = size
+    if largest <= num_rows:
+        carry = sweep(carry, largest, whole, starts)
+    return carry
 
 
 def top_k(x, k):

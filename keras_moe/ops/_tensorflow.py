@@ -1,11 +1,14 @@
 """The TensorFlow formulations.
 
-N rows, D features in, H features out, E groups, B rows in a block.
+N rows, D features in, H features out, E groups.
 """
+
+import functools
 
 import tensorflow as tf
 
-_BLOCK = 64  # rows, as in the JAX formulation
+# Rows of a block, ascending: about the mean rows of a group, so that few are empty.
+_BLOCKS = (16, 32, 64)
 
 
 def grouped_matmul(x, w, group_sizes):
@@ -14,7 +17,7 @@ def grouped_matmul(x, w, group_sizes):
         def gradient(dy):
             return (
                 _rows_times_groups(dy, w, group_sizes, transpose=True),
-                _rows_times_rows(x, dy, group_sizes),
+                _rows_times_rows(x, dy, group_sizes, w.shape[1:]),
             )
 
         return _rows_times_groups(x, w, group_sizes, transpose=False), gradient
@@ -47,45 +50,68 @@ def _split_rows_times_groups(x, w, group_sizes, transpose):
     return tf.concat(parts, 0)
 
 
+def _with_block_size(formulation, num_rows, num_groups):
+    """Calls `formulation(block)` with the block size that suits the rows there are.
+
+    Where their number is not known before the program runs, the choice is part of
+    the program; XLA knows it in any case, and compiles one.
+    """
+    if isinstance(num_rows, int):
+        index = sum(num_rows > block * num_groups for block in _BLOCKS[:-1])
+        return formulation(_BLOCKS[index])
+    index = sum(tf.cast(num_rows > b * num_groups, tf.int32) for b in _BLOCKS[:-1])
+    branches = [functools.partial(formulation, block) for block in _BLOCKS]
+    return tf.switch_case(index, branches)
+
+
+def _num_rows(x):
+    return tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+
+
 def _blockwise_rows_times_groups(x, w, group_sizes, transpose):
-    num_rows, num_groups = tf.shape(x)[0], w.shape[0]
-    features = w.shape[1] if transpose else w.shape[2]
+    num_rows, num_groups = _num_rows(x), w.shape[0]
+    # Of `w`: inside another loop, a gradient has no static shape.
+    features_in, features = w.shape[2:0:-1] if transpose else w.shape[1:]
     ends = tf.cumsum(group_sizes)
     starts = ends - group_sizes
-    blocks = (group_sizes + _BLOCK - 1) // _BLOCK
-    block_ends = tf.cumsum(blocks)
-    first_block = block_ends - blocks
-    x = tf.pad(x, ((0, _BLOCK), (0, 0)))  # a group's last block may reach past it
 
-    def body(i, products):
-        e = tf.reduce_sum(tf.cast(block_ends <= i, tf.int32))
-        row = starts[e] + (i - first_block[e]) * _BLOCK
-        rows = tf.slice(x, tf.stack([row, 0]), (_BLOCK, x.shape[1]))
-        product = tf.matmul(rows, tf.gather(w, e), transpose_b=transpose)
-        return i + 1, products.write(i, product)
+    def formulation(block):
+        blocks = (group_sizes + block - 1) // block
+        block_ends = tf.cumsum(blocks)
+        first_block = block_ends - blocks
+        padded = tf.pad(x, ((0, block), (0, 0)))  # the last block may reach past it
 
-    products = tf.TensorArray(
-        x.dtype,
-        size=num_rows // _BLOCK + num_groups + 1,
-        element_shape=(_BLOCK, features),
-        clear_after_read=False,
-    )
-    _, products = tf.while_loop(
-        lambda i, _: i < block_ends[-1], body, (tf.constant(0), products)
-    )
-    # Where each row's product lies among the blocks.
-    row = tf.range(num_rows)
-    group = tf.searchsorted(ends, row, side="right", out_type=tf.int32)
-    valid = group < num_groups
-    group = tf.minimum(group, num_groups - 1)
-    place = tf.gather(first_block, group) * _BLOCK + row - tf.gather(starts, group)
-    y = tf.reshape(products.stack(), (-1, features))
-    y = tf.gather(y, tf.where(valid, place, 0))
-    y = tf.where(valid[:, None], y, tf.zeros((), y.dtype))
-    return tf.ensure_shape(y, (None, features))
+        def body(i, products):
+            e = tf.reduce_sum(tf.cast(block_ends <= i, tf.int32))
+            row = starts[e] + (i - first_block[e]) * block
+            rows = tf.slice(padded, tf.stack([row, 0]), (block, features_in))
+            product = tf.matmul(rows, tf.gather(w, e), transpose_b=transpose)
+            return i + 1, products.write(i, product)
+
+        products = tf.TensorArray(
+            x.dtype,
+            size=num_rows // block + num_groups + 1,
+            element_shape=(block, features),
+            clear_after_read=False,
+        )
+        _, products = tf.while_loop(
+            lambda i, _: i < block_ends[-1], body, (tf.constant(0), products)
+        )
+        # Where each row's product lies among the blocks.
+        row = tf.range(num_rows)
+        group = tf.searchsorted(ends, row, side="right", out_type=tf.int32)
+        valid = group < num_groups
+        group = tf.minimum(group, num_groups - 1)
+        place = tf.gather(first_block, group) * block + row - tf.gather(starts, group)
+        y = tf.reshape(products.stack(), (-1, features))
+        y = tf.gather(y, tf.where(valid, place, 0))
+        y = tf.where(valid[:, None], y, tf.zeros((), y.dtype))
+        return tf.ensure_shape(y, (None, features))
+
+    return _with_block_size(formulation, num_rows, num_groups)
 
 
-def _rows_times_rows(x, dy, group_sizes):
+def _rows_times_rows(x, dy, group_sizes, shape):
     """`x[rows of e].T @ dy[rows of e]` for every e: the gradient of `w`."""
     if tf.executing_eagerly():
         parts, start = [], 0
@@ -94,37 +120,40 @@ def _rows_times_rows(x, dy, group_sizes):
             parts.append(tf.matmul(x[start:end], dy[start:end], transpose_a=True))
             start = end
         return tf.stack(parts)
+    num_groups = group_sizes.shape[0]
     starts = tf.cumsum(group_sizes, exclusive=True)
-    x = tf.pad(x, ((0, _BLOCK), (0, 0)))
-    dy = tf.pad(dy, ((0, _BLOCK), (0, 0)))
-    shape = (x.shape[1], dy.shape[1])
+    zero = tf.zeros((), x.dtype)
 
-    def group(e, products):
-        def add_block(i, total):
-            row = starts[e] + i * _BLOCK
-            inside = (i * _BLOCK + tf.range(_BLOCK) < group_sizes[e])[:, None]
-            zero = tf.zeros((), x.dtype)
-            left = tf.slice(x, tf.stack([row, 0]), (_BLOCK, shape[0]))
-            right = tf.slice(dy, tf.stack([row, 0]), (_BLOCK, shape[1]))
+    def formulation(block):
+        sides = [tf.pad(t, ((0, block), (0, 0))) for t in (x, dy)]
+
+        def add_block(e, i, total):
+            row = starts[e] + i * block
+            inside = (i * block + tf.range(block) < group_sizes[e])[:, None]
             # Rows of the next group may hold infinities: zero both sides.
-            left, right = (tf.where(inside, t, zero) for t in (left, right))
+            left, right = (
+                tf.where(inside, tf.slice(side, (row, 0), (block, features)), zero)
+                for side, features in zip(sides, shape, strict=True)
+            )
             product = tf.matmul(left, right, transpose_a=True)
             return i + 1, total + tf.cast(product, tf.float32)
 
-        blocks = (group_sizes[e] + _BLOCK - 1) // _BLOCK
-        _, total = tf.while_loop(
-            lambda i, _: i < blocks,
-            add_block,
-            (tf.constant(0), tf.zeros(shape, tf.float32)),
-        )
-        return e + 1, products.write(e, tf.cast(total, x.dtype))
+        def group(e, products):
+            blocks = (group_sizes[e] + block - 1) // block
+            _, total = tf.while_loop(
+                lambda i, _: i < blocks,
+                functools.partial(add_block, e),
+                (tf.constant(0), tf.zeros(shape, tf.float32)),
+            )
+            return e + 1, products.write(e, tf.cast(total, x.dtype))
 
-    num_groups = group_sizes.shape[0]
-    products = tf.TensorArray(x.dtype, size=num_groups, element_shape=shape)
-    _, products = tf.while_loop(
-        lambda e, _: e < num_groups, group, (tf.constant(0), products)
-    )
-    return products.stack()
+        products = tf.TensorArray(x.dtype, size=num_groups, element_shape=shape)
+        _, products = tf.while_loop(
+            lambda e, _: e < num_groups, group, (tf.constant(0), products)
+        )
+        return products.stack()
+
+    return _with_block_size(formulation, _num_rows(x), num_groups)
 
 
 def top_k(x, k):
