@@ -10,6 +10,10 @@ from keras import ops
 
 from keras_moe import checks
 
+# 1.1 * 3 * 30 / 11 is 9, but a little above it in floating point; how much depends
+# on whether Python or XLA, which reorders, computes it.
+_JUST_BELOW = 1 - 1e-9
+
 
 def expert_capacity(capacity_factor, group_size, num_experts, top_k):
     """`C = ceil(capacity_factor * K * G / E)`: an even share times the factor.
@@ -19,7 +23,7 @@ def expert_capacity(capacity_factor, group_size, num_experts, top_k):
     GShard's `2 G / E` does ([Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668),
     section 3.2).
 
-    Evaluated in float64, from left to right.
+    A share that rounding puts just above an integer counts as that integer.
 
     Args:
         capacity_factor: float, positive.
@@ -35,9 +39,10 @@ def expert_capacity(capacity_factor, group_size, num_experts, top_k):
     """
     checks.positive("capacity_factor", capacity_factor)
     if isinstance(group_size, int):
-        return math.ceil(capacity_factor * top_k * group_size / num_experts)
+        share = capacity_factor * top_k * group_size / num_experts
+        return math.ceil(share * _JUST_BELOW)
     share = capacity_factor * top_k * ops.cast(group_size, "float64") / num_experts
-    return ops.cast(ops.ceil(share), "int32")
+    return ops.cast(ops.ceil(share * _JUST_BELOW), "int32")
 
 
 def limit_capacity(routing, capacity, group_size, num_experts):

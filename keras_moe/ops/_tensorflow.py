@@ -15,6 +15,7 @@ def grouped_matmul(x, w, group_sizes):
     @tf.custom_gradient
     def product(x, w):
         def gradient(dy):
+            dy = tf.convert_to_tensor(dy)  # of a gather it comes as indexed slices
             return (
                 _rows_times_groups(dy, w, group_sizes, transpose=True),
                 _rows_times_rows(x, dy, group_sizes, w.shape[1:]),
@@ -64,6 +65,13 @@ def _with_block_size(formulation, num_rows, num_groups):
     return tf.switch_case(index, branches)
 
 
+def _block_of(x, first_row, shape):
+    """`shape[0]` rows of `x` from `first_row` on."""
+    # Never `tf.slice` or `x[i]` with an index that data decides: XLA takes it for a
+    # constant of the program, and compiles anew for every value.
+    return tf.ensure_shape(tf.gather(x, first_row + tf.range(shape[0])), shape)
+
+
 def _num_rows(x):
     return tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
 
@@ -83,8 +91,8 @@ def _blockwise_rows_times_groups(x, w, group_sizes, transpose):
 
         def body(i, products):
             e = tf.reduce_sum(tf.cast(block_ends <= i, tf.int32))
-            row = starts[e] + (i - first_block[e]) * block
-            rows = tf.slice(padded, tf.stack([row, 0]), (block, features_in))
+            row = tf.gather(starts, e) + (i - tf.gather(first_block, e)) * block
+            rows = _block_of(padded, row, (block, features_in))
             product = tf.matmul(rows, tf.gather(w, e), transpose_b=transpose)
             return i + 1, products.write(i, product)
 
@@ -128,18 +136,18 @@ def _rows_times_rows(x, dy, group_sizes, shape):
         sides = [tf.pad(t, ((0, block), (0, 0))) for t in (x, dy)]
 
         def add_block(e, i, total):
-            row = starts[e] + i * block
-            inside = (i * block + tf.range(block) < group_sizes[e])[:, None]
+            row = tf.gather(starts, e) + i * block
+            inside = i * block + tf.range(block) < tf.gather(group_sizes, e)
             # Rows of the next group may hold infinities: zero both sides.
             left, right = (
-                tf.where(inside, tf.slice(side, (row, 0), (block, features)), zero)
+                tf.where(inside[:, None], _block_of(side, row, (block, features)), zero)
                 for side, features in zip(sides, shape, strict=True)
             )
             product = tf.matmul(left, right, transpose_a=True)
             return i + 1, total + tf.cast(product, tf.float32)
 
         def group(e, products):
-            blocks = (group_sizes[e] + block - 1) // block
+            blocks = (tf.gather(group_sizes, e) + block - 1) // block
             _, total = tf.while_loop(
                 lambda i, _: i < blocks,
                 functools.partial(add_block, e),

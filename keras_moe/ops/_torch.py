@@ -32,6 +32,8 @@ def _library(x, w, group_sizes):
     y = torch.nn.functional.grouped_mm(
         torch.where(valid, x, 0).contiguous(), w.contiguous(), offs=ends
     )
+    if y.requires_grad:  # the gradient's rows are held to the same strides
+        y.register_hook(torch.Tensor.contiguous)
     return torch.where(valid, y, 0)
 
 

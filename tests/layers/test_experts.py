@@ -1,0 +1,105 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe.layers import Experts
+from tests.execution import (
+    COMPILED,
+    as_function,
+    numerical_gradients,
+    with_gradients,
+)
+from tests.execution import numpy as to_numpy
+from tests.references.mixture import feed_forward
+
+SIZES = np.array([3, 0, 4, 1], "int32")
+ROWS, DIM, HIDDEN = 10, 3, 5  # the last two rows belong to no expert
+
+
+def make(seed=0, **settings):
+    layer = Experts(4, HIDDEN, **settings)
+    layer.build((None, DIM))
+    rng = np.random.default_rng(seed)
+    for variable in layer.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
+    return layer, rng.normal(size=(ROWS, DIM)).astype("float32")
+
+
+def expected(layer):
+    names = [v.name for v in layer.trainable_variables]
+
+    def outputs(x, *weights):
+        weights = dict(zip(names, weights, strict=True))
+        y = np.zeros(x.shape)
+        start = 0
+        for e, size in enumerate(SIZES):
+            rows = slice(start, start + size)
+            y[rows] = feed_forward(
+                x[rows],
+                weights["up_kernel"][e],
+                weights["down_kernel"][e],
+                weights["gate_kernel"][e] if layer.gated else None,
+                layer.activation.__name__,
+            )
+            start += size
+        return y
+
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "gated, activation",
+    [(True, "silu"), (True, "gelu"), (False, "relu"), (False, "gelu")],
+)
+def test_outputs_and_gradients(gated, activation):
+    layer, x = make(gated=gated, activation=activation)
+    weights = [to_numpy(v.value).astype("f") for v in layer.trainable_variables]
+    dy = np.random.default_rng(1).normal(size=x.shape).astype("float32")
+    function = as_function(layer, group_sizes=ops.convert_to_tensor(SIZES))
+    y, gradients = with_gradients(function, (x, *weights), dy, COMPILED)
+    reference = expected(layer)
+    np.testing.assert_allclose(y, reference(x, *weights), atol=1e-4)
+    differences = numerical_gradients(reference, (x, *weights), dy)
+    for a, b in zip(gradients, differences, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_weights():
+    layer, _ = make()
+    shapes = {v.name: tuple(v.shape) for v in layer.weights}
+    assert shapes == {
+        "gate_kernel": (4, DIM, HIDDEN),
+        "up_kernel": (4, DIM, HIDDEN),
+        "down_kernel": (4, HIDDEN, DIM),
+    }
+    plain, _ = make(gated=False)
+    assert [v.name for v in plain.weights] == ["up_kernel", "down_kernel"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(num_experts=0), "`num_experts`.*num_experts=0"),
+        (dict(intermediate_dim=-1), "`intermediate_dim`.*intermediate_dim=-1"),
+        (dict(activation="swoosh"), "`activation`.*activation='swoosh'"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Experts(**{"num_experts": 4, "intermediate_dim": 8, **arguments})
+
+
+def test_config_round_trip():
+    layer = Experts(4, 8, "gelu", gated=False, kernel_initializer="he_normal")
+    copy = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(layer)
+    )
+    assert copy.get_config() == layer.get_config()
+    assert copy.activation is keras.activations.gelu
+
+
+def test_symbolic_call():
+    layer, _ = make(dtype="mixed_bfloat16")
+    y = layer(keras.Input((DIM,)), keras.Input(batch_shape=(4,), dtype="int32"))
+    assert tuple(y.shape) == (None, DIM) and y.dtype == "bfloat16"
