@@ -92,6 +92,13 @@ class GroupedQueryAttention(keras.layers.Layer):
             checks.at_least("head_dim", head_dim, 1)
         checks.one_of("positions", positions, POSITIONS)
         checks.positive("rope_theta", rope_theta)
+        if positions == "relative_bias":
+            checks.at_least("relative_buckets", relative_buckets, 2)
+            checks.at_least(
+                "relative_max_distance",
+                relative_max_distance,
+                relative_buckets // 2 + 1,
+            )
         checks.fraction("dropout", dropout)
         self.supports_masking = True
         self.num_query_heads = num_query_heads
@@ -118,6 +125,7 @@ class GroupedQueryAttention(keras.layers.Layer):
             self.rotary = keras_hub.layers.RotaryEmbedding(
                 max_wavelength=self.rope_theta, dtype=self.dtype_policy, name="rotary"
             )
+            self.rotary.supports_masking = True
         else:
             self.relative_bias = RelativeBias(
                 self.num_query_heads,
@@ -147,6 +155,8 @@ class GroupedQueryAttention(keras.layers.Layer):
             dtype=self.dtype_policy,
             name=name,
         )
+        # A mask that Keras attached passes through, or each warns that it is lost.
+        layer.supports_masking = True
         layer.build((None, None, *input_features))
         return layer
 

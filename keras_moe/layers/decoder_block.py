@@ -19,7 +19,9 @@ NORMS = {
 def normalization(kind, epsilon, **kwargs):
     """An RMS norm (`"rms"`) or a layer norm (`"layer"`) over the features."""
     checks.one_of("norm", kind, NORMS)
-    return NORMS[kind](epsilon=epsilon, **kwargs)
+    layer = NORMS[kind](epsilon=epsilon, **kwargs)
+    layer.supports_masking = True  # Keras's RMS norm warns of masks otherwise
+    return layer
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

@@ -18,6 +18,7 @@ from keras_moe.dispatch import (
 from keras_moe.layers import routing_statistics
 from keras_moe.layers.experts import Experts
 from keras_moe.layers.feed_forward import FeedForward
+from keras_moe.layers.initializers import fresh
 from keras_moe.layers.routers import Router, TopKRouter
 
 ROUTERS = {"top_k": TopKRouter}
@@ -201,7 +202,8 @@ class MixtureOfExperts(keras.layers.Layer):
                 num_shared_experts * intermediate_dim,
                 activation=activation,
                 gated=gated,
-                kernel_initializer=kernel_initializer,
+                # Not the seeds of the experts, which count from the first on.
+                kernel_initializer=fresh(self.kernel_initializer, 3),
                 dtype=self.dtype_policy,
                 name="shared_experts",
             )
@@ -272,7 +274,7 @@ class MixtureOfExperts(keras.layers.Layer):
             gates_from=settings["gates_from"],
             jitter=settings["router_jitter"],
             seed=settings["seed"],
-            kernel_initializer=self.kernel_initializer,
+            kernel_initializer=fresh(self.kernel_initializer, 6),
             name="router",
         )
 
