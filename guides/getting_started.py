@@ -66,11 +66,11 @@ of Python's documentation. It has the manner of that text, and no knowledge.
 
 ## Generating text
 
-`generate` goes on from a prompt, up to `max_length` tokens, prompt included. Which token
-comes next is the choice of a *sampler*, set by `compile`. `"greedy"` takes the likeliest
-one and always writes the same; others draw at random from the better ones. A list of
-prompts is generated as one batch, and `strip_prompt=True` leaves the prompt out of the
-result.
+`generate` goes on from a prompt, up to `max_length` tokens, prompt included. Which
+token comes next is the choice of a *sampler*, set by `compile`. `"greedy"` takes the
+likeliest one and always writes the same; others draw at random from the better ones. A
+list of prompts is generated as one batch, and `strip_prompt=True` leaves the prompt out
+of the result.
 """
 
 samplers = {

@@ -26,7 +26,10 @@ def weights_of(layer):
 
 def reference_of(layer, training=False, mask=None):
     """`function(x, *weights)` -> outputs in float64, and its routing."""
-    names = ["_".join(v.path.split("/")[1:]) for v in layer.trainable_variables]
+    inside = f"{layer.name}/"
+    names = [
+        v.path.split(inside)[-1].replace("/", "_") for v in layer.trainable_variables
+    ]
     short = {
         "router_kernel": "router",
         "experts_gate_kernel": "gate",

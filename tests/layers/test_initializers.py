@@ -3,8 +3,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe.layers import Experts, FeedForward, GroupedQueryAttention
-from keras_moe.layers import MixtureOfExperts
+from keras_moe.layers import (
+    Experts,
+    FeedForward,
+    GroupedQueryAttention,
+    MixtureOfExperts,
+)
 from keras_moe.layers.initializers import fresh, fresh_per_expert
 
 SHAPE = (16, 40, 24)  # E, fan in, fan out

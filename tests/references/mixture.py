@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_erf = np.vectorize(math.erf)
+_erf = np.vectorize(math.erf, otypes=["float64"])
 
 
 def softmax(x):

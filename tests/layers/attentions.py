@@ -1,0 +1,71 @@
+"""Small attention layers with random weights, and what they must give in float64."""
+
+import numpy as np
+
+from keras_moe.layers import GroupedQueryAttention
+from tests.execution import numpy as to_numpy
+from tests.references import attention as reference
+
+
+def randomize(layer, seed=0, scale=0.5):
+    """Gives a built layer random weights; norms scales around 1."""
+    rng = np.random.default_rng(seed)
+    for variable in layer.trainable_variables:
+        values = rng.normal(size=variable.shape) * scale
+        if variable.name in ("scale", "gamma"):
+            values = 1 + values
+        variable.assign(values)
+
+
+def make(num_query_heads, num_key_value_heads=None, dim=8, seed=0, **settings):
+    layer = GroupedQueryAttention(num_query_heads, num_key_value_heads, **settings)
+    layer.build((None, None, dim))
+    randomize(layer, seed)
+    return layer
+
+
+def named(layer):
+    """Weights by the names of their sublayers, float64."""
+    return {v.path.split("/")[-2]: to_numpy(v.value) for v in layer.trainable_variables}
+
+
+def relative_bias(embeddings, length, max_distance):
+    """T5's bias `[H, T, T]`, the bucket of each distance in exact arithmetic."""
+    buckets = len(embeddings)
+    bias = np.zeros((embeddings.shape[1], length, length))
+    for t, s in np.ndindex(length, length):
+        bias[:, t, s] = embeddings[bucket(max(t - s, 0), buckets, max_distance)]
+    return bias
+
+
+def bucket(distance, buckets, max_distance):
+    """Raffel et al. 2019, section 2.1: half of the buckets exact, half logarithmic."""
+    exact = buckets // 2
+    rest = buckets - exact
+    if distance < exact:
+        return distance
+    # The largest j with log(d / exact) / log(max / exact) * rest >= j, in integers.
+    j = 0
+    while (
+        j < rest - 1
+        and distance**rest * exact ** (j + 1) >= max_distance ** (j + 1) * exact**rest
+    ):
+        j += 1
+    return exact + j
+
+
+def expected(layer, sequence):
+    """The layer's output for one sequence `[T, D]` without padding."""
+    weights = named(layer)
+    theta, bias = layer.rope_theta, None
+    if layer.positions == "relative_bias":
+        theta = None
+        bias = relative_bias(
+            weights["relative_bias"], len(sequence), layer.relative_max_distance
+        )
+    return reference.attention(
+        np.asarray(sequence, "float64"),
+        *(weights[n] for n in ("query", "key", "value", "output_dense")),
+        theta=theta,
+        bias=bias,
+    )
