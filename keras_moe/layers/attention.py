@@ -187,6 +187,9 @@ class GroupedQueryAttention(keras.layers.Layer):
         return outputs if cache is None else (outputs, cache)
 
     def _attend(self, query, key, value, query_index, key_index, visible):
+        if self.num_key_value_heads == 1:
+            # `dot_product_attention` spreads several of them, on TensorFlow not one.
+            key, value = (ops.repeat(t, self.num_query_heads, 2) for t in (key, value))
         if self.positions == "rotary":
             return ops.dot_product_attention(query, key, value, mask=visible)
         bias = self.relative_bias(query_index, key_index)
