@@ -3,6 +3,8 @@
 N rows, D features in, H features out, E groups.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -44,6 +46,11 @@ def _blockwise_backward(residuals, dy):
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)
 
 
+# Compiled here, too: eagerly, the loops would be compiled anew at every call.
+_compiled = functools.partial(jax.jit, inline=True)
+
+
+@functools.partial(_compiled, static_argnames="contract")
 def _rows_times_groups(x, w, group_sizes, contract):
     """`x[rows of e] @ w[e]`, contracting axis `contract` of `w`."""
     num_rows, features = x.shape[0], w.shape[3 - contract]
@@ -67,6 +74,7 @@ def _rows_times_groups(x, w, group_sizes, contract):
     return _over_blocks(write_product, y, group_sizes, num_rows)[:num_rows]
 
 
+@_compiled
 def _rows_times_rows(x, dy, group_sizes):
     """`x[rows of e].T @ dy[rows of e]` for every e: the gradient of `w`."""
     (num_rows, d), h = x.shape, dy.shape[1]

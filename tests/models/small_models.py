@@ -6,7 +6,7 @@ from keras_moe.models import MoEBackbone, MoECausalLM
 
 SETTINGS = {
     "vocabulary_size": 50,
-    "num_layers": 3,
+    "num_layers": 2,
     "hidden_dim": 16,
     "num_query_heads": 4,
     "num_key_value_heads": 2,
@@ -21,7 +21,7 @@ SETTINGS = {
 
 
 def small_backbone(**overrides):
-    """A `MoEBackbone` of `SETTINGS`: a dense layer, then two mixtures."""
+    """A `MoEBackbone` of `SETTINGS`: a dense layer, then a mixture."""
     return MoEBackbone(**{**SETTINGS, **overrides})
 
 

@@ -158,7 +158,7 @@ def test_equals_transformers_mixtral():
 
 
 def test_routing_statistics_count_the_tokens():
-    backbone = small_backbone()
+    backbone = small_backbone(num_layers=3)
     inputs = padded([random_ids(5), random_ids(9)], 10, "right")
     statistics = backbone.routing_statistics(inputs)
     assert len(statistics) == len(backbone.mixtures) == 2
