@@ -47,7 +47,7 @@ def compiled(layer, inputs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden-dim", type=int, default=128)
     parser.add_argument("--expert-dim", type=int, default=256)
     parser.add_argument("--top-k", type=int, default=2)
