@@ -9,6 +9,7 @@ import math
 from keras import ops
 
 from keras_moe import checks
+from keras_moe.ops import inverse_permutation
 
 # 1.1 * 3 * 30 / 11 is 9, but a little above it in floating point; how much depends
 # on whether Python or XLA, which reorders, computes it.
@@ -71,7 +72,7 @@ def limit_capacity(routing, capacity, group_size, num_experts):
     flat = ops.reshape(ops.transpose(bucket), (-1,))
     order = ops.argsort(flat)
     sorted_buckets = ops.take(flat, order)
-    place = ops.take(_place_in_run(sorted_buckets), ops.argsort(order))
+    place = ops.take(_place_in_run(sorted_buckets), inverse_permutation(order))
     place = ops.transpose(ops.reshape(place, (top_k, num_tokens)))
     kept = place < capacity
     return routing._replace(

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe.ops import inverse_permutation
+
 
 class ExpertOrder(NamedTuple):
     """The rows of all experts, in one sequence sorted by expert.
@@ -46,11 +48,10 @@ def sort_by_expert(expert_ids, num_experts):
     )
     ends = ops.cast(ends, "int32")
     group_sizes = ops.diff(ops.concatenate([ops.zeros((1,), "int32"), ends]))
-    positions = ops.reshape(ops.argsort(order), (-1, top_k))
     return ExpertOrder(
         tokens=ops.cast(order // top_k, "int32"),
         group_sizes=group_sizes,
-        positions=ops.cast(positions, "int32"),
+        positions=ops.reshape(inverse_permutation(order), (-1, top_k)),
     )
 
 

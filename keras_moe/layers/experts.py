@@ -4,12 +4,14 @@ N  rows, sorted by expert       E  experts
 D  model features               H  hidden features of one expert
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import keras
-from keras import ops
 
 from keras_moe import checks
 from keras_moe.layers.initializers import fresh_per_expert
-from keras_moe.ops import grouped_matmul
+from keras_moe.ops import Stage, grouped_apply
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -23,7 +25,7 @@ class Experts(keras.layers.Layer):
       SwiGLU with `activation="silu"`);
     - plain: `y = a(x W_up[e]) W_down[e]`.
 
-    One grouped matmul a projection: the cost follows the rows, not E.
+    The cost follows the rows, not E, and an expert without rows is not read.
 
     Args:
         num_experts: int, E.
@@ -87,16 +89,12 @@ class Experts(keras.layers.Layer):
         )
 
     def call(self, inputs, group_sizes):
-        def project(rows, kernel):
-            kernel = ops.cast(kernel, self.compute_dtype)
-            return grouped_matmul(rows, kernel, group_sizes)
-
-        hidden = project(inputs, self.up_kernel)
-        if self.gated:
-            hidden = self.activation(project(inputs, self.gate_kernel)) * hidden
-        else:
-            hidden = self.activation(hidden)
-        return project(hidden, self.down_kernel)
+        inner = (self.gate_kernel, self.up_kernel) if self.gated else (self.up_kernel,)
+        stages = [
+            Stage(_widen, inner),
+            Stage(_Narrow(self.activation), (self.down_kernel,)),
+        ]
+        return grouped_apply(stages, inputs, group_sizes)
 
     def compute_output_spec(self, inputs, group_sizes):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
@@ -110,3 +108,23 @@ class Experts(keras.layers.Layer):
             "gated": self.gated,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
         }
+
+
+def _widen(matmul, inputs, kernels):
+    (x,) = inputs
+    return tuple(matmul(x, kernel) for kernel in kernels)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Narrow:
+    """The activation, gated where there are two inputs, and the way back to D."""
+
+    activation: Callable
+
+    def __call__(self, matmul, inputs, kernels):
+        *gate, up = inputs
+        if gate:
+            hidden = self.activation(gate[0]) * up
+        else:
+            hidden = self.activation(up)
+        return (matmul(hidden, kernels[0]),)

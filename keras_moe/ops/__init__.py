@@ -1,6 +1,15 @@
 """What `keras.ops` lacks, one public function each, on every backend."""
 
+from keras_moe.ops.grouped_apply import Stage, formulation, grouped_apply
 from keras_moe.ops.grouped_matmul import grouped_matmul
+from keras_moe.ops.inverse_permutation import inverse_permutation
 from keras_moe.ops.top_k import top_k
 
-__all__ = ["grouped_matmul", "top_k"]
+__all__ = [
+    "Stage",
+    "formulation",
+    "grouped_apply",
+    "grouped_matmul",
+    "inverse_permutation",
+    "top_k",
+]

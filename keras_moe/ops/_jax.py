@@ -1,6 +1,7 @@
 """The JAX formulations.
 
-N rows, D features in, H features out, E groups.
+N  rows     D  features in      H  features out     E  groups
+n  rows of a block
 """
 
 import functools
@@ -9,136 +10,210 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Rows of a block, ascending. A group is cut into blocks of the largest size, and
-# what remains goes into one block of the smallest size that holds it.
-_BLOCKS = (16, 32, 64, 128)
+from keras_moe.ops._blocks import block_sizes
 
 
-def grouped_matmul(x, w, group_sizes):
-    if jax.default_backend() != "cpu":
-        y = lax.ragged_dot(x, w, group_sizes)
-        valid = jnp.arange(x.shape[0]) < jnp.sum(group_sizes)
-        return jnp.where(valid[:, None], y, 0)
-    return _blockwise(x, w, group_sizes)
+def choose_formulation(x, weights):
+    # XLA on the CPU computes `ragged_dot` densely: every expert for every row.
+    return "blocks" if jax.default_backend() == "cpu" else "library"
 
 
-# XLA on the CPU computes `ragged_dot` densely, every expert for every row. The
-# loops below visit only the blocks in use. Their trip count depends on data, so
-# reverse mode needs its rule spelled out.
+def _matmul(x, w):
+    return lax.dot_general(
+        x,
+        w.astype(x.dtype),
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=x.dtype,
+    )
 
 
-@jax.custom_vjp
-def _blockwise(x, w, group_sizes):
-    return _rows_times_groups(x, w, group_sizes, contract=1)
+# --- Library: XLA's own grouped product, of all rows at once.
 
 
-def _blockwise_forward(x, w, group_sizes):
-    return _blockwise(x, w, group_sizes), (x, w, group_sizes)
+def _library(functions, x, weights, group_sizes):
+    def matmul(x, w):
+        return lax.ragged_dot(x, w.astype(x.dtype), group_sizes)
+
+    valid = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
+    values = (jnp.where(valid, x, 0),)
+    for function, stage in zip(functions, weights, strict=True):
+        values = function(matmul, values, stage)
+    return jnp.where(valid, values[0], 0)
 
 
-def _blockwise_backward(residuals, dy):
-    x, w, group_sizes = residuals
-    dx = _rows_times_groups(dy, w, group_sizes, contract=2)
-    dw = _rows_times_rows(x, dy, group_sizes)
-    return dx, dw, None
-
-
-_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+# --- Blocks: loops that visit the blocks of rows in use. Their trip counts depend on
+# data, so reverse mode needs its rule spelled out.
 
 
 # Compiled here, too: eagerly, the loops would be compiled anew at every call.
-_compiled = functools.partial(jax.jit, inline=True)
+_compiled = functools.partial(jax.jit, inline=True, static_argnums=0)
 
 
-@functools.partial(_compiled, static_argnames="contract")
-def _rows_times_groups(x, w, group_sizes, contract):
-    """`x[rows of e] @ w[e]`, contracting axis `contract` of `w`."""
-    num_rows, features = x.shape[0], w.shape[3 - contract]
-    x = _pad(x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(functions, x, weights, group_sizes):
+    return _forward(functions, x, weights, group_sizes)
 
-    def write_product(y, e, row, inside):
-        rows = lax.dynamic_slice_in_dim(x, row, inside.shape[0])
-        matrix = lax.dynamic_index_in_dim(w, e, keepdims=False)
-        product = lax.dot_general(
-            rows,
-            matrix,
-            (((1,), (contract - 1,)), ((), ())),
-            preferred_element_type=y.dtype,
-        )
-        # Rows past the group belong to others.
-        kept = lax.dynamic_slice_in_dim(y, row, inside.shape[0])
-        product = jnp.where(inside[:, None], product, kept)
-        return lax.dynamic_update_slice_in_dim(y, product, row, axis=0)
 
-    y = _pad(jnp.zeros((num_rows, features), x.dtype))
-    return _over_blocks(write_product, y, group_sizes, num_rows)[:num_rows]
+def _blocks_forward(functions, x, weights, group_sizes):
+    y, between = _forward_keeping(functions, x, weights, group_sizes)
+    return y, (x, weights, group_sizes, between)
+
+
+def _blocks_backward(functions, residuals, dy):
+    return *_backward(functions, *residuals, dy), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
 
 
 @_compiled
-def _rows_times_rows(x, dy, group_sizes):
-    """`x[rows of e].T @ dy[rows of e]` for every e: the gradient of `w`."""
-    (num_rows, d), h = x.shape, dy.shape[1]
-    x, dy = _pad(x), _pad(dy)
+def _forward(functions, x, weights, group_sizes):
+    return _run(functions, x, weights, group_sizes, slice(-1, None))[0][0]
 
-    def add_product(dw, e, row, inside):
-        left, right = (
-            # Rows of other groups may hold infinities: zero both sides.
-            jnp.where(
-                inside[:, None], lax.dynamic_slice_in_dim(t, row, inside.shape[0]), 0
+
+@_compiled
+def _forward_keeping(functions, x, weights, group_sizes):
+    """The result, and what came out of each stage but the last."""
+    *between, (y,) = _run(functions, x, weights, group_sizes, slice(None))
+    return y, between
+
+
+def _run(functions, x, weights, group_sizes, wanted):
+    """The outputs of the `wanted` stages, `[N, ...]`."""
+    num_rows = x.shape[0]
+    blocks = block_sizes(num_rows, group_sizes.shape[0])
+    x = _pad(x, blocks)
+
+    def outputs(rows, weights):
+        values, found = (rows,), []
+        for function, stage in zip(functions, weights, strict=True):
+            values = function(_matmul, values, stage)
+            found.append(values)
+        return found[wanted]
+
+    def step(buffers, e, row, inside, first):
+        values = outputs(_slice(x, row, inside), _of_group(weights, e))
+        return jax.tree.map(
+            lambda buffer, new: _update(buffer, new, row, inside), buffers, values
+        )
+
+    shapes = jax.eval_shape(lambda: outputs(x, _of_group(weights, 0)))
+    buffers = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    buffers = _over_blocks(step, buffers, group_sizes, num_rows, blocks)
+    return jax.tree.map(lambda buffer: buffer[:num_rows], buffers)
+
+
+@_compiled
+def _backward(functions, x, weights, group_sizes, between, dy):
+    """The gradients of `x` and of the weights."""
+    num_rows = x.shape[0]
+    blocks = block_sizes(num_rows, group_sizes.shape[0])
+    inputs, dy = jax.tree.map(lambda t: _pad(t, blocks), ([(x,), *between], dy))
+
+    def step(carry, e, row, inside, first):
+        dx, totals = carry
+        # Rows of other groups may hold infinities: zero both sides.
+        values, gradient = jax.tree.map(
+            lambda t: jnp.where(inside[:, None], _slice(t, row, inside), 0),
+            (inputs, (dy,)),
+        )
+        summed = []
+        for function, value, stage, total in zip(
+            reversed(functions),
+            reversed(values),
+            reversed(_of_group(weights, e)),
+            reversed(totals),
+            strict=True,
+        ):
+            _, pull_back = jax.vjp(functools.partial(function, _matmul), value, stage)
+            gradient, of_weights = pull_back(gradient)
+            summed.insert(
+                0,
+                jax.tree.map(
+                    lambda t, new: _add_to_group(t, new, e, first), total, of_weights
+                ),
             )
-            for t in (x, dy)
-        )
-        product = lax.dot_general(
-            left,
-            right,
-            (((0,), (0,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )
-        total = lax.dynamic_index_in_dim(dw, e, keepdims=False) + product
-        return lax.dynamic_update_index_in_dim(dw, total, e, axis=0)
+        return _update(dx, gradient[0], row, inside), tuple(summed)
 
-    dw = jnp.zeros((group_sizes.shape[0], d, h), jnp.float32)
-    return _over_blocks(add_product, dw, group_sizes, num_rows).astype(x.dtype)
+    totals = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
+    dx, totals = _over_blocks(
+        step, (jnp.zeros_like(inputs[0][0]), totals), group_sizes, num_rows, blocks
+    )
+    return dx[:num_rows], jax.tree.map(lambda t, w: t.astype(w.dtype), totals, weights)
 
 
-def _pad(rows):
+def _pad(rows, blocks):
     """Room for the last block to reach past the last row."""
-    return jnp.pad(rows, ((0, _BLOCKS[-1]), (0, 0)))
+    return jnp.pad(rows, ((0, blocks[-1]), (0, 0)))
 
 
-def _over_blocks(step, carry, group_sizes, num_rows):
-    """Applies `step(carry, group, first row, rows inside the group)` to all blocks.
+def _slice(rows, first, inside):
+    return lax.dynamic_slice_in_dim(rows, first, inside.shape[0])
 
-    Blocks of one size are a loop, whose trip count is the number of them in use.
+
+def _update(rows, new, first, inside):
+    """`rows` with `new` at `first`; those past the group belong to others."""
+    new = jnp.where(inside[:, None], new, _slice(rows, first, inside))
+    return lax.dynamic_update_slice_in_dim(rows, new, first, axis=0)
+
+
+def _of_group(weights, e):
+    return jax.tree.map(
+        lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False), weights
+    )
+
+
+def _add_to_group(totals, new, e, first):
+    new = new.astype(totals.dtype)
+    if not first:
+        new += lax.dynamic_index_in_dim(totals, e, keepdims=False)
+    return lax.dynamic_update_index_in_dim(totals, new, e, axis=0)
+
+
+def _over_blocks(step, carry, group_sizes, num_rows, blocks):
+    """Applies `step(carry, group, first row, rows inside the group, first)` to all.
+
+    A group is cut into blocks of the largest size, and what remains, at least one
+    row, goes into one block of the smallest size that holds it. That one comes
+    `first` in its group. Blocks of one size are a loop, whose trip count is the
+    number of them in use.
     """
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
-    largest = _BLOCKS[-1]
-    whole = group_sizes // largest
+    largest = blocks[-1]
+    whole = jnp.maximum(group_sizes - 1, 0) // largest
     rest = group_sizes - whole * largest
 
-    def sweep(carry, size, counts, first_rows):
+    def sweep(carry, size, counts, first_rows, first):
         last = jnp.cumsum(counts)
 
         def body(i, carry):
             e = jnp.searchsorted(last, i, side="right", method="compare_all")
             row = first_rows[e] + (i - (last[e] - counts[e])) * size
             inside = row + jnp.arange(size) < ends[e]
-            return step(carry, e, row, inside)
+            return step(carry, e, row, inside, first)
 
         return lax.fori_loop(0, last[-1], body, carry)
 
     smaller = 0
-    for size in _BLOCKS:
+    for size in blocks:
         if smaller < num_rows:  # no block of this size otherwise
             counts = ((rest > smaller) & (rest <= size)).astype(group_sizes.dtype)
-            carry = sweep(carry, size, counts, starts + whole * largest)
+            carry = sweep(carry, size, counts, starts + whole * largest, True)
         smaller = size
-    if largest <= num_rows:
-        carry = sweep(carry, largest, whole, starts)
+    if largest < num_rows:
+        carry = sweep(carry, largest, whole, starts, False)
     return carry
+
+
+FORMULATIONS = {"blocks": _blocks, "library": _library}
 
 
 def top_k(x, k):
     # XLA documents ties to the lower index, but orders -0.0 below 0.0.
     return lax.top_k(jnp.where(x == 0, 0.0, x), k)
+
+
+def inverse_permutation(permutation):
+    places = jnp.arange(permutation.shape[0], dtype=jnp.int32)
+    return jnp.zeros_like(places).at[permutation].set(places, unique_indices=True)

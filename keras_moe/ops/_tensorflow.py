@@ -1,169 +1,335 @@
 """The TensorFlow formulations.
 
-N rows, D features in, H features out, E groups.
+N  rows     D  features in      H  features out     E  groups
 """
 
-import functools
-
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla
+from tensorflow.python.ops import control_flow_util
 
-# Rows of a block, ascending: about the mean rows of a group, so that few are empty.
-_BLOCKS = (16, 32, 64)
-
-
-def grouped_matmul(x, w, group_sizes):
-    @tf.custom_gradient
-    def product(x, w):
-        def gradient(dy):
-            dy = tf.convert_to_tensor(dy)  # of a gather it comes as indexed slices
-            return (
-                _rows_times_groups(dy, w, group_sizes, transpose=True),
-                _rows_times_rows(x, dy, group_sizes, w.shape[1:]),
-            )
-
-        return _rows_times_groups(x, w, group_sizes, transpose=False), gradient
-
-    return product(x, w)
+from keras_moe.ops._blocks import block_sizes
 
 
-# `tf.split` by sizes and a matmul a group is the fastest without XLA, but XLA,
-# which Keras turns on by default, wants static shapes; so does a graph that may
-# or may not be compiled later. Those take a loop over blocks of fixed size,
-# which stops after the blocks in use.
+def choose_formulation(x, weights):
+    # XLA wants static shapes; without it, a group's rows can be what they are.
+    return "blocks" if _within_xla() else "groups"
 
 
-def _rows_times_groups(x, w, group_sizes, transpose):
-    if tf.executing_eagerly():
-        return _split_rows_times_groups(x, w, group_sizes, transpose)
-    return _blockwise_rows_times_groups(x, w, group_sizes, transpose)
+def _within_xla():
+    return not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(
+        tf.compat.v1.get_default_graph()
+    )
 
 
-def _split_rows_times_groups(x, w, group_sizes, transpose):
-    parts, start = [], 0
-    for e, size in enumerate(group_sizes.numpy().tolist()):
-        if size:
-            parts.append(
-                tf.matmul(x[start : start + size], w[e], transpose_b=transpose)
-            )
-            start += size
-    features = w.shape[1] if transpose else w.shape[2]
-    parts.append(tf.zeros((x.shape[0] - start, features), x.dtype))
-    return tf.concat(parts, 0)
+def _matmul(x, w):
+    return tf.matmul(x, tf.cast(w, x.dtype))
 
 
-def _with_block_size(formulation, num_rows, num_groups):
-    """Calls `formulation(block)` with the block size that suits the rows there are.
+def _differentiable(forward, backward):
+    """A formulation, of its forward part and its backward part.
 
-    Where their number is not known before the program runs, the choice is part of
-    the program; XLA knows it in any case, and compiles one.
+    Args:
+        forward: callable `(functions, x, weights, group_sizes)` to the result and
+            whatever the gradient needs.
+        backward: callable `(functions, x, weights, group_sizes, kept, dy)` to the
+            gradients of `x` and of each weight.
     """
-    if isinstance(num_rows, int):
-        index = sum(num_rows > block * num_groups for block in _BLOCKS[:-1])
-        return formulation(_BLOCKS[index])
-    index = sum(tf.cast(num_rows > b * num_groups, tf.int32) for b in _BLOCKS[:-1])
-    branches = [functools.partial(formulation, block) for block in _BLOCKS]
-    return tf.switch_case(index, branches)
+
+    def formulation(functions, x, weights, group_sizes):
+        @tf.custom_gradient
+        def run(x, *flat_weights):
+            stages = tf.nest.pack_sequence_as(weights, flat_weights)
+            y, kept = forward(functions, x, stages, group_sizes)
+
+            def gradient(dy):
+                dy = tf.convert_to_tensor(dy)  # of a lookup it comes as indexed slices
+                return backward(functions, x, stages, group_sizes, kept, dy)
+
+            return y, gradient
+
+        return run(x, *tf.nest.flatten(weights))
+
+    return formulation
 
 
-def _block_of(x, first_row, shape):
-    """`shape[0]` rows of `x` from `first_row` on."""
-    # Never `tf.slice` or `x[i]` with an index that data decides: XLA takes it for a
-    # constant of the program, and compiles anew for every value.
-    return tf.ensure_shape(tf.gather(x, first_row + tf.range(shape[0])), shape)
+def _chain(functions, rows, weights):
+    """The outputs of all stages, for rows of one group and its weights."""
+    values, outputs = (rows,), []
+    for function, stage in zip(functions, weights, strict=True):
+        values = function(_matmul, values, stage)
+        outputs.append(values)
+    return outputs
 
 
-def _num_rows(x):
-    return tf.shape(x)[0] if x.shape[0] is None else x.shape[0]
+def _output_specs(functions, x, weights):
+    """Tensors without rows, of the structure, dtypes and features of `_chain`'s."""
+    return _chain(functions, x[:0], tf.nest.map_structure(lambda w: w[0], weights))
 
 
-def _blockwise_rows_times_groups(x, w, group_sizes, transpose):
-    num_rows, num_groups = _num_rows(x), w.shape[0]
-    # Of `w`: inside another loop, a gradient has no static shape.
-    features_in, features = w.shape[2:0:-1] if transpose else w.shape[1:]
+def _chain_back(functions, inputs, weights, gradient):
+    """The gradients of the first input and of each weight, likewise."""
+    of_weights = []
+    for function, values, stage in zip(
+        reversed(functions), reversed(inputs), reversed(weights), strict=True
+    ):
+        with tf.GradientTape() as tape:
+            tape.watch((values, stage))
+            outputs = function(_matmul, values, stage)
+        gradient, of_stage = tape.gradient(
+            outputs,
+            (values, stage),
+            output_gradients=gradient,
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        of_weights = [*of_stage, *of_weights]
+    return gradient[0], of_weights
+
+
+# --- Groups: a loop over the groups in use, their rows of any number.
+
+
+class _Groups:
+    """The groups that have rows, in order.
+
+    Neither rows nor matrices are copied: a slice along the first axis shares the
+    memory of what it is taken from.
+    """
+
+    def __init__(self, group_sizes):
+        self.ends = tf.cumsum(group_sizes)
+        self.starts = self.ends - group_sizes
+        self.used = tf.cast(tf.where(group_sizes > 0)[:, 0], tf.int32)
+        self.count = tf.size(self.used)
+
+    def loop(self, step, arrays):
+        """Applies `step(i, group, rows of it, arrays)` to the i-th group in use."""
+
+        def body(i, *arrays):
+            e = self.used[i]
+            return i + 1, *step(i, e, slice(self.starts[e], self.ends[e]), arrays)
+
+        _, *arrays = tf.while_loop(
+            lambda i, *_: i < self.count, body, (tf.constant(0), *arrays)
+        )
+        return arrays
+
+    def arrays(self, specs):
+        """For each of `specs` an array of such rows: of each group in use, and one."""
+        return [
+            tf.TensorArray(
+                spec.dtype,
+                size=self.count + 1,
+                element_shape=(None, spec.shape[1]),
+                infer_shape=False,
+                clear_after_read=False,
+            )
+            for spec in specs
+        ]
+
+
+def _groups_forward(functions, x, weights, group_sizes):
+    groups = _Groups(group_sizes)
+    *between, (output,) = _output_specs(functions, x, weights)
+    specs = [*tf.nest.flatten(between), output]
+
+    def step(i, e, rows, arrays):
+        outputs = _chain(functions, x[rows], _matrices(weights, e))
+        return [
+            array.write(i, value)
+            for array, value in zip(arrays, tf.nest.flatten(outputs), strict=True)
+        ]
+
+    *arrays, y = groups.loop(step, groups.arrays(specs))
+    return _all_rows(groups, y, output, x), (between, arrays)
+
+
+def _groups_backward(functions, x, weights, group_sizes, kept, dy):
+    groups = _Groups(group_sizes)
+    between, arrays = kept
+
+    def step(i, e, rows, results):
+        values = [array.read(i) for array in arrays]
+        inputs = [(x[rows],), *tf.nest.pack_sequence_as(between, values)]
+        dx, dw = _chain_back(functions, inputs, _matrices(weights, e), (dy[rows],))
+        of_rows, *of_weights = results
+        return of_rows.write(i, dx), *(
+            array.write(e, new) for array, new in zip(of_weights, dw, strict=True)
+        )
+
+    # What is never written, that of a group without rows, reads as zero.
+    of_weights = [
+        tf.TensorArray(w.dtype, size=w.shape[0], element_shape=w.shape[1:])
+        for w in tf.nest.flatten(weights)
+    ]
+    dx, *of_weights = groups.loop(step, [*groups.arrays([x]), *of_weights])
+    return _all_rows(groups, dx, x, x), *(array.stack() for array in of_weights)
+
+
+def _matrices(weights, e):
+    return tf.nest.map_structure(lambda w: w[e], weights)
+
+
+def _all_rows(groups, array, spec, x):
+    """The rows of all groups, and zeros for those of `x` in no group."""
+    rest = tf.zeros((tf.shape(x)[0] - groups.ends[-1], spec.shape[1]), spec.dtype)
+    rows = array.write(groups.count, rest).concat()
+    return tf.ensure_shape(rows, (x.shape[0], spec.shape[1]))
+
+
+# --- Blocks: loops over blocks of rows of a few fixed sizes, for XLA.
+
+
+def _blocks_forward(functions, x, weights, group_sizes):
+    blocks = block_sizes(x.shape[0], group_sizes.shape[0])
+    num_rows = tf.shape(x)[0]
+    padded = _pad(x, blocks)
+
+    def step(buffers, e, row, size, inside, first):
+        rows = _slice(padded, row, size)
+        outputs = _chain(functions, rows, _matrices_of_block(weights, e))
+        return [
+            _update(buffer, value, row, inside)
+            for buffer, value in zip(buffers, tf.nest.flatten(outputs), strict=True)
+        ]
+
+    specs = _output_specs(functions, x, weights)
+    buffers = [
+        tf.zeros((num_rows + blocks[-1], spec.shape[1]), spec.dtype)
+        for spec in tf.nest.flatten(specs)
+    ]
+    buffers = _over_blocks(step, buffers, group_sizes, x.shape[0], blocks)
+    outputs = [
+        tf.ensure_shape(buffer[:num_rows], (x.shape[0], buffer.shape[1]))
+        for buffer in buffers
+    ]
+    *between, (y,) = tf.nest.pack_sequence_as(specs, outputs)
+    return y, between
+
+
+def _blocks_backward(functions, x, weights, group_sizes, between, dy):
+    blocks = block_sizes(x.shape[0], group_sizes.shape[0])
+    padded = tf.nest.map_structure(lambda t: _pad(t, blocks), ([(x,), *between], (dy,)))
+
+    def step(carry, e, row, size, inside, first):
+        dx, *totals = carry
+        # Rows of other groups may hold infinities: zero both sides.
+        inputs, gradient = tf.nest.map_structure(
+            lambda t: tf.where(inside, _slice(t, row, size), tf.zeros((), t.dtype)),
+            padded,
+        )
+        matrices = _matrices_of_block(weights, e)
+        new, dw = _chain_back(functions, inputs, matrices, gradient)
+        return _update(dx, new, row, inside), *(
+            _add_to_group(total, new, e, first)
+            for total, new in zip(totals, dw, strict=True)
+        )
+
+    flat_weights = tf.nest.flatten(weights)
+    totals = [tf.zeros(w.shape, tf.float32) for w in flat_weights]
+    dx, *totals = _over_blocks(
+        step, [_pad(tf.zeros_like(x), blocks), *totals], group_sizes, x.shape[0], blocks
+    )
+    dx = tf.ensure_shape(dx[: tf.shape(x)[0]], x.shape)
+    return dx, *(
+        tf.cast(total, w.dtype) for total, w in zip(totals, flat_weights, strict=True)
+    )
+
+
+def _pad(rows, blocks):
+    """Room for the last block to reach past the last row."""
+    return tf.pad(rows, ((0, blocks[-1]), (0, 0)))
+
+
+# Never `tf.slice` or `x[i]` with an index that data decides: XLA takes it for a
+# constant of the program, and compiles anew for every value.
+
+
+def _slice(rows, first, size):
+    features = rows.shape[1]
+    rows = xla.dynamic_slice(rows, tf.stack([first, 0]), [size, features])
+    return tf.ensure_shape(rows, (size, features))
+
+
+def _update(rows, new, first, inside):
+    """`rows` with `new` at `first`; those past the group belong to others."""
+    new = tf.where(inside, new, _slice(rows, first, new.shape[0]))
+    return tf.ensure_shape(
+        xla.dynamic_update_slice(rows, new, tf.stack([first, 0])), rows.shape
+    )
+
+
+def _matrix_of_block(bank, e):
+    shape = bank.shape[1:]
+    return tf.reshape(xla.dynamic_slice(bank, tf.stack([e, 0, 0]), [1, *shape]), shape)
+
+
+def _matrices_of_block(weights, e):
+    return tf.nest.map_structure(lambda w: _matrix_of_block(w, e), weights)
+
+
+def _add_to_group(totals, new, e, first):
+    new = tf.cast(new, totals.dtype)
+    if not first:
+        new += _matrix_of_block(totals, e)
+    return tf.ensure_shape(
+        xla.dynamic_update_slice(totals, new[None], tf.stack([e, 0, 0])), totals.shape
+    )
+
+
+def _over_blocks(step, carry, group_sizes, num_rows, blocks):
+    """Applies `step(carry, group, first row, size, inside, first)` to all blocks.
+
+    A group is cut into blocks of the largest size, and what remains, at least one
+    row, goes into one block of the smallest size that holds it. That one comes
+    `first` in its group. Blocks of one size are a loop, whose trip count is the
+    number of them in use.
+    """
     ends = tf.cumsum(group_sizes)
     starts = ends - group_sizes
+    largest = blocks[-1]
+    whole = tf.maximum(group_sizes - 1, 0) // largest
+    rest = group_sizes - whole * largest
 
-    def formulation(block):
-        blocks = (group_sizes + block - 1) // block
-        block_ends = tf.cumsum(blocks)
-        first_block = block_ends - blocks
-        padded = tf.pad(x, ((0, block), (0, 0)))  # the last block may reach past it
+    def sweep(carry, size, counts, first_rows, first):
+        last = tf.cumsum(counts)
 
-        def body(i, products):
-            e = tf.reduce_sum(tf.cast(block_ends <= i, tf.int32))
-            row = tf.gather(starts, e) + (i - tf.gather(first_block, e)) * block
-            rows = _block_of(padded, row, (block, features_in))
-            product = tf.matmul(rows, tf.gather(w, e), transpose_b=transpose)
-            return i + 1, products.write(i, product)
+        def body(i, *carry):
+            e = tf.reduce_sum(tf.cast(last <= i, tf.int32))
+            place = i - (tf.gather(last, e) - tf.gather(counts, e))
+            row = tf.gather(first_rows, e) + place * size
+            inside = (row + tf.range(size) < tf.gather(ends, e))[:, None]
+            return i + 1, *step(carry, e, row, size, inside, first)
 
-        products = tf.TensorArray(
-            x.dtype,
-            size=num_rows // block + num_groups + 1,
-            element_shape=(block, features),
-            clear_after_read=False,
+        _, *carry = tf.while_loop(
+            lambda i, *_: i < last[-1], body, (tf.constant(0), *carry)
         )
-        _, products = tf.while_loop(
-            lambda i, _: i < block_ends[-1], body, (tf.constant(0), products)
-        )
-        # Where each row's product lies among the blocks.
-        row = tf.range(num_rows)
-        group = tf.searchsorted(ends, row, side="right", out_type=tf.int32)
-        valid = group < num_groups
-        group = tf.minimum(group, num_groups - 1)
-        place = tf.gather(first_block, group) * block + row - tf.gather(starts, group)
-        y = tf.reshape(products.stack(), (-1, features))
-        y = tf.gather(y, tf.where(valid, place, 0))
-        y = tf.where(valid[:, None], y, tf.zeros((), y.dtype))
-        return tf.ensure_shape(y, (None, features))
+        return carry
 
-    return _with_block_size(formulation, num_rows, num_groups)
+    smaller = 0
+    for size in blocks:
+        if num_rows is None or smaller < num_rows:  # no block of this size otherwise
+            counts = tf.cast((rest > smaller) & (rest <= size), tf.int32)
+            carry = sweep(carry, size, counts, starts + whole * largest, True)
+        smaller = size
+    if num_rows is None or largest < num_rows:
+        carry = sweep(carry, largest, whole, starts, False)
+    return carry
 
 
-def _rows_times_rows(x, dy, group_sizes, shape):
-    """`x[rows of e].T @ dy[rows of e]` for every e: the gradient of `w`."""
-    if tf.executing_eagerly():
-        parts, start = [], 0
-        for size in group_sizes.numpy().tolist():
-            end = start + size
-            parts.append(tf.matmul(x[start:end], dy[start:end], transpose_a=True))
-            start = end
-        return tf.stack(parts)
-    num_groups = group_sizes.shape[0]
-    starts = tf.cumsum(group_sizes, exclusive=True)
-    zero = tf.zeros((), x.dtype)
-
-    def formulation(block):
-        sides = [tf.pad(t, ((0, block), (0, 0))) for t in (x, dy)]
-
-        def add_block(e, i, total):
-            row = tf.gather(starts, e) + i * block
-            inside = i * block + tf.range(block) < tf.gather(group_sizes, e)
-            # Rows of the next group may hold infinities: zero both sides.
-            left, right = (
-                tf.where(inside[:, None], _block_of(side, row, (block, features)), zero)
-                for side, features in zip(sides, shape, strict=True)
-            )
-            product = tf.matmul(left, right, transpose_a=True)
-            return i + 1, total + tf.cast(product, tf.float32)
-
-        def group(e, products):
-            blocks = (tf.gather(group_sizes, e) + block - 1) // block
-            _, total = tf.while_loop(
-                lambda i, _: i < blocks,
-                functools.partial(add_block, e),
-                (tf.constant(0), tf.zeros(shape, tf.float32)),
-            )
-            return e + 1, products.write(e, tf.cast(total, x.dtype))
-
-        products = tf.TensorArray(x.dtype, size=num_groups, element_shape=shape)
-        _, products = tf.while_loop(
-            lambda e, _: e < num_groups, group, (tf.constant(0), products)
-        )
-        return products.stack()
-
-    return _with_block_size(formulation, _num_rows(x), num_groups)
+FORMULATIONS = {
+    "groups": _differentiable(_groups_forward, _groups_backward),
+    "blocks": _differentiable(_blocks_forward, _blocks_backward),
+}
 
 
 def top_k(x, k):
     # Documented: ties go to the lower index. XLA orders -0.0 below 0.0.
     return tf.math.top_k(tf.where(x == 0, tf.zeros((), x.dtype), x), k)
+
+
+def inverse_permutation(permutation):
+    # Not `tf.math.invert_permutation`, which XLA takes for a constant's.
+    size = tf.size(permutation)
+    indices = tf.cast(permutation, tf.int32)[:, None]
+    inverse = tf.scatter_nd(indices, tf.range(size), size[None])
+    return tf.ensure_shape(inverse, permutation.shape)

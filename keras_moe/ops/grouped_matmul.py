@@ -7,7 +7,7 @@ D  features in                  H  features out
 import keras
 from keras import ops
 
-from keras_moe.ops._backend import backend
+from keras_moe.ops.grouped_apply import Stage, grouped_apply
 
 
 def grouped_matmul(x, w, group_sizes):
@@ -66,4 +66,8 @@ def grouped_matmul(x, w, group_sizes):
             "`x` and `w` must have the same dtype. "
             f"Received: x.dtype={x_dtype}, w.dtype={w_dtype}"
         )
-    return backend.grouped_matmul(x, w, group_sizes)
+    return grouped_apply([Stage(_product, (w,))], x, group_sizes)
+
+
+def _product(matmul, inputs, weights):
+    return (matmul(inputs[0], weights[0]),)
