@@ -1,6 +1,6 @@
 """How the formulations by blocks cut the rows, alike on JAX and TensorFlow."""
 
-_OF_MEAN = (0.25, 0.5, 0.75, 1, 1.25, 2)
+_OF_MEAN = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 5 / 4, 3 / 2, 2)
 _LARGEST = 512
 _WITHOUT_MEAN = (16, 32, 64, 128, 256)
 
@@ -8,10 +8,11 @@ _WITHOUT_MEAN = (16, 32, 64, 128, 256)
 def block_sizes(num_rows, num_groups):
     """Rows of a block, ascending.
 
-    Each block copies the matrices of its group, which costs about as much as
-    computing some 40 rows. So sizes are chosen around the mean of a group's rows:
-    one just above it, so that an even load takes a block a group, and enough
-    below it that a short group wastes little.
+    To visit a block costs as much as some 20 rows more (on a CPU, whatever the
+    matrices' sizes: they are copied, and a product of few rows is slow), so rows
+    of one group belong in one block, and a block that is a little too large does
+    no harm. So there are sizes on both sides of the mean, none below 4 rows, and
+    steps of at least 16 above 16. Each size is a loop to compile.
 
     Args:
         num_rows: int, or None where it is not known while tracing.
@@ -19,10 +20,13 @@ def block_sizes(num_rows, num_groups):
     """
     if num_rows is None:
         return _WITHOUT_MEAN
-    mean = max(num_rows / num_groups, 1)
+    mean = num_rows / num_groups
     return tuple(sorted({min(_rounded(mean * f), _LARGEST) for f in _OF_MEAN}))
 
 
 def _rounded(size):
-    step = 1 if size <= 8 else 8 if size <= 64 else 32
+    for step in (4, 8, 16):
+        if size <= step:
+            return step
+    step = 16 if size <= 128 else 32
     return int(-(-size // step) * step)
