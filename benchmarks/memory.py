@@ -32,6 +32,7 @@ def measure(size, repeats, xla=None):
 
 def _measure_here(name, size, xla):
     import keras
+    import numpy as np
 
     from benchmarks import model
     from benchmarks.programs import training_step
@@ -45,18 +46,17 @@ def _measure_here(name, size, xla):
     step = training_step(task, *model.batch(settings), xla)
     for _ in range(STEPS):
         step()
+    peak = _status("VmHWM") - before
     if keras.config.backend() == "torch":
         import torch
 
         if torch.cuda.is_available():
-            before, peak = 0, torch.cuda.max_memory_allocated()
+            peak = torch.cuda.max_memory_allocated()
+    item = {"float32": 4, "bfloat16": 2}
     weights = sum(
-        w.value.dtype.itemsize * int(keras.ops.size(w))
-        if keras.config.backend() != "tensorflow"
-        else w.value.dtype.size * int(keras.ops.size(w))
-        for w in task.weights
+        item[w.dtype] * int(np.prod(w.shape)) for w in task.weights if w.shape
     )
-    print(json.dumps({"peak": _status("VmHWM") - before, "weights": weights}))
+    print(json.dumps({"peak": peak, "weights": weights}))
 
 
 def _status(key):
@@ -66,4 +66,6 @@ def _status(key):
 
 
 if __name__ == "__main__":
-    _measure_here(*sys.argv[1:3], {"None": None, "True": True, "False": False}[sys.argv[3]])
+    _measure_here(
+        *sys.argv[1:3], {"None": None, "True": True, "False": False}[sys.argv[3]]
+    )

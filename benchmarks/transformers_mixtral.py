@@ -28,7 +28,9 @@ def mixtral(settings, implementation):
         pad_token_id=None,
         experts_implementation=implementation,
     )
-    model = transformers.MixtralForCausalLM(config).to(getattr(torch, settings["dtype"]))
+    model = transformers.MixtralForCausalLM(config).to(
+        getattr(torch, settings["dtype"])
+    )
     return model.cuda() if torch.cuda.is_available() else model
 
 

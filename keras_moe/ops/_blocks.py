@@ -12,7 +12,8 @@ def block_sizes(num_rows, num_groups):
     matrices' sizes: they are copied, and a product of few rows is slow), so rows
     of one group belong in one block, and a block that is a little too large does
     no harm. So there are sizes on both sides of the mean, none below 4 rows, and
-    steps of at least 16 above 16. Each size is a loop to compile.
+    steps of at least 16 above 16. Each size is a loop to compile. None exceeds the
+    number of rows.
 
     Args:
         num_rows: int, or None where it is not known while tracing.
@@ -21,7 +22,8 @@ def block_sizes(num_rows, num_groups):
     if num_rows is None:
         return _WITHOUT_MEAN
     mean = num_rows / num_groups
-    return tuple(sorted({min(_rounded(mean * f), _LARGEST) for f in _OF_MEAN}))
+    largest = min(_LARGEST, num_rows)
+    return tuple(sorted({min(_rounded(mean * f), largest) for f in _OF_MEAN}))
 
 
 def _rounded(size):

@@ -80,9 +80,6 @@ def _forward_keeping(functions, x, weights, group_sizes):
 
 def _run(functions, x, weights, group_sizes, wanted):
     """The outputs of the `wanted` stages, `[N, ...]`."""
-    num_rows = x.shape[0]
-    blocks = block_sizes(num_rows, group_sizes.shape[0])
-    x = _pad(x, blocks)
 
     def outputs(rows, weights):
         values, found = (rows,), []
@@ -91,30 +88,27 @@ def _run(functions, x, weights, group_sizes, wanted):
             found.append(values)
         return found[wanted]
 
-    def step(buffers, e, row, inside, first):
-        values = outputs(_slice(x, row, inside), _of_group(weights, e))
+    def step(buffers, e, start, inside, first):
+        values = outputs(_slice(x, start, inside), _of_group(weights, e))
         return jax.tree.map(
-            lambda buffer, new: _update(buffer, new, row, inside), buffers, values
+            lambda buffer, new: _update(buffer, new, start, inside), buffers, values
         )
 
     shapes = jax.eval_shape(lambda: outputs(x, _of_group(weights, 0)))
     buffers = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    buffers = _over_blocks(step, buffers, group_sizes, num_rows, blocks)
-    return jax.tree.map(lambda buffer: buffer[:num_rows], buffers)
+    return _over_blocks(step, buffers, group_sizes, x.shape[0])
 
 
 @_compiled
 def _backward(functions, x, weights, group_sizes, between, dy):
     """The gradients of `x` and of the weights."""
-    num_rows = x.shape[0]
-    blocks = block_sizes(num_rows, group_sizes.shape[0])
-    inputs, dy = jax.tree.map(lambda t: _pad(t, blocks), ([(x,), *between], dy))
+    inputs = [(x,), *between]
 
-    def step(carry, e, row, inside, first):
+    def step(carry, e, start, inside, first):
         dx, totals = carry
         # Rows of other groups may hold infinities: zero both sides.
         values, gradient = jax.tree.map(
-            lambda t: jnp.where(inside[:, None], _slice(t, row, inside), 0),
+            lambda t: jnp.where(inside[:, None], _slice(t, start, inside), 0),
             (inputs, (dy,)),
         )
         summed = []
@@ -133,28 +127,23 @@ def _backward(functions, x, weights, group_sizes, between, dy):
                     lambda t, new: _add_to_group(t, new, e, first), total, of_weights
                 ),
             )
-        return _update(dx, gradient[0], row, inside), tuple(summed)
+        return _update(dx, gradient[0], start, inside), tuple(summed)
 
     totals = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), weights)
     dx, totals = _over_blocks(
-        step, (jnp.zeros_like(inputs[0][0]), totals), group_sizes, num_rows, blocks
+        step, (jnp.zeros_like(x), totals), group_sizes, x.shape[0]
     )
-    return dx[:num_rows], jax.tree.map(lambda t, w: t.astype(w.dtype), totals, weights)
+    return dx, jax.tree.map(lambda t, w: t.astype(w.dtype), totals, weights)
 
 
-def _pad(rows, blocks):
-    """Room for the last block to reach past the last row."""
-    return jnp.pad(rows, ((0, blocks[-1]), (0, 0)))
+def _slice(rows, start, inside):
+    return lax.dynamic_slice_in_dim(rows, start, inside.shape[0])
 
 
-def _slice(rows, first, inside):
-    return lax.dynamic_slice_in_dim(rows, first, inside.shape[0])
-
-
-def _update(rows, new, first, inside):
-    """`rows` with `new` at `first`; those past the group belong to others."""
-    new = jnp.where(inside[:, None], new, _slice(rows, first, inside))
-    return lax.dynamic_update_slice_in_dim(rows, new, first, axis=0)
+def _update(rows, new, start, inside):
+    """`rows` with those of `new` from `start` on that are inside the block."""
+    new = jnp.where(inside[:, None], new, _slice(rows, start, inside))
+    return lax.dynamic_update_slice_in_dim(rows, new, start, axis=0)
 
 
 def _of_group(weights, e):
@@ -170,18 +159,21 @@ def _add_to_group(totals, new, e, first):
     return lax.dynamic_update_index_in_dim(totals, new, e, axis=0)
 
 
-def _over_blocks(step, carry, group_sizes, num_rows, blocks):
-    """Applies `step(carry, group, first row, rows inside the group, first)` to all.
+def _over_blocks(step, carry, group_sizes, num_rows):
+    """Applies `step(carry, group, start, inside, first)` to all blocks.
 
     A group is cut into blocks of the largest size, and what remains, at least one
     row, goes into one block of the smallest size that holds it. That one comes
     `first` in its group. Blocks of one size are a loop, whose trip count is the
-    number of them in use.
+    number of them in use. A block's memory begins at `start`, and `inside` says
+    which of its rows are the block's: it may reach into the next group, and where
+    no rows are left, begin in what comes before it.
     """
+    sizes = block_sizes(num_rows, group_sizes.shape[0])
     ends = jnp.cumsum(group_sizes)
     starts = ends - group_sizes
-    largest = blocks[-1]
-    whole = jnp.maximum(group_sizes - 1, 0) // largest
+    largest = sizes[-1]
+    whole = jnp.maximum(group_sizes - 1, 0) // max(largest, 1)
     rest = group_sizes - whole * largest
 
     def sweep(carry, size, counts, first_rows, first):
@@ -190,15 +182,16 @@ def _over_blocks(step, carry, group_sizes, num_rows, blocks):
         def body(i, carry):
             e = jnp.searchsorted(last, i, side="right", method="compare_all")
             row = first_rows[e] + (i - (last[e] - counts[e])) * size
-            inside = row + jnp.arange(size) < ends[e]
-            return step(carry, e, row, inside, first)
+            start = jnp.minimum(row, num_rows - size)
+            index = start + jnp.arange(size)
+            return step(carry, e, start, (index >= row) & (index < ends[e]), first)
 
         return lax.fori_loop(0, last[-1], body, carry)
 
     smaller = 0
-    for size in blocks:
-        if smaller < num_rows:  # no block of this size otherwise
-            counts = ((rest > smaller) & (rest <= size)).astype(group_sizes.dtype)
+    for size in sizes:
+        counts = ((rest > smaller) & (rest <= size)).astype(group_sizes.dtype)
+        if size:
             carry = sweep(carry, size, counts, starts + whole * largest, True)
         smaller = size
     if largest < num_rows:

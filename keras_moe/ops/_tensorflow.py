@@ -180,46 +180,41 @@ def _all_rows(groups, array, spec, x):
 
 
 def _blocks_forward(functions, x, weights, group_sizes):
-    blocks = block_sizes(x.shape[0], group_sizes.shape[0])
-    num_rows = tf.shape(x)[0]
-    padded = _pad(x, blocks)
+    rows = _with_room(x)
 
-    def step(buffers, e, row, size, inside, first):
-        rows = _slice(padded, row, size)
-        outputs = _chain(functions, rows, _matrices_of_block(weights, e))
+    def step(buffers, e, start, inside, first):
+        block = _slice(rows, start, inside.shape[0])
+        outputs = _chain(functions, block, _matrices_of_block(weights, e))
         return [
-            _update(buffer, value, row, inside)
+            _update(buffer, value, start, inside)
             for buffer, value in zip(buffers, tf.nest.flatten(outputs), strict=True)
         ]
 
     specs = _output_specs(functions, x, weights)
     buffers = [
-        tf.zeros((num_rows + blocks[-1], spec.shape[1]), spec.dtype)
+        tf.zeros((tf.shape(rows)[0], spec.shape[1]), spec.dtype)
         for spec in tf.nest.flatten(specs)
     ]
-    buffers = _over_blocks(step, buffers, group_sizes, x.shape[0], blocks)
-    outputs = [
-        tf.ensure_shape(buffer[:num_rows], (x.shape[0], buffer.shape[1]))
-        for buffer in buffers
-    ]
-    *between, (y,) = tf.nest.pack_sequence_as(specs, outputs)
-    return y, between
+    buffers = _over_blocks(step, buffers, group_sizes, rows, x)
+    *between, (y,) = tf.nest.pack_sequence_as(specs, buffers)
+    return _without_room(y, x), between
 
 
 def _blocks_backward(functions, x, weights, group_sizes, between, dy):
-    blocks = block_sizes(x.shape[0], group_sizes.shape[0])
-    padded = tf.nest.map_structure(lambda t: _pad(t, blocks), ([(x,), *between], (dy,)))
+    rows = [(_with_room(x),), *between], (_with_room(dy),)
 
-    def step(carry, e, row, size, inside, first):
+    def step(carry, e, start, inside, first):
         dx, *totals = carry
+
         # Rows of other groups may hold infinities: zero both sides.
-        inputs, gradient = tf.nest.map_structure(
-            lambda t: tf.where(inside, _slice(t, row, size), tf.zeros((), t.dtype)),
-            padded,
-        )
+        def rows_inside(t):
+            block = _slice(t, start, inside.shape[0])
+            return tf.where(inside, block, tf.zeros((), t.dtype))
+
+        inputs, gradient = tf.nest.map_structure(rows_inside, rows)
         matrices = _matrices_of_block(weights, e)
         new, dw = _chain_back(functions, inputs, matrices, gradient)
-        return _update(dx, new, row, inside), *(
+        return _update(dx, new, start, inside), *(
             _add_to_group(total, new, e, first)
             for total, new in zip(totals, dw, strict=True)
         )
@@ -227,34 +222,42 @@ def _blocks_backward(functions, x, weights, group_sizes, between, dy):
     flat_weights = tf.nest.flatten(weights)
     totals = [tf.zeros(w.shape, tf.float32) for w in flat_weights]
     dx, *totals = _over_blocks(
-        step, [_pad(tf.zeros_like(x), blocks), *totals], group_sizes, x.shape[0], blocks
+        step, [tf.zeros_like(rows[0][0][0]), *totals], group_sizes, rows[0][0][0], x
     )
-    dx = tf.ensure_shape(dx[: tf.shape(x)[0]], x.shape)
-    return dx, *(
+    return _without_room(dx, x), *(
         tf.cast(total, w.dtype) for total, w in zip(totals, flat_weights, strict=True)
     )
 
 
-def _pad(rows, blocks):
-    """Room for the last block to reach past the last row."""
-    return tf.pad(rows, ((0, blocks[-1]), (0, 0)))
+def _with_room(rows):
+    """At least as many rows as the largest block, where their number is unknown."""
+    if rows.shape[0] is not None:
+        return rows
+    largest = block_sizes(None, 1)[-1]
+    return tf.pad(rows, ((0, tf.maximum(largest - tf.shape(rows)[0], 0)), (0, 0)))
+
+
+def _without_room(rows, x):
+    if x.shape[0] is None:
+        rows = rows[: tf.shape(x)[0]]
+    return tf.ensure_shape(rows, (x.shape[0], rows.shape[1]))
 
 
 # Never `tf.slice` or `x[i]` with an index that data decides: XLA takes it for a
 # constant of the program, and compiles anew for every value.
 
 
-def _slice(rows, first, size):
+def _slice(rows, start, size):
     features = rows.shape[1]
-    rows = xla.dynamic_slice(rows, tf.stack([first, 0]), [size, features])
+    rows = xla.dynamic_slice(rows, tf.stack([start, 0]), [size, features])
     return tf.ensure_shape(rows, (size, features))
 
 
-def _update(rows, new, first, inside):
-    """`rows` with `new` at `first`; those past the group belong to others."""
-    new = tf.where(inside, new, _slice(rows, first, new.shape[0]))
+def _update(rows, new, start, inside):
+    """`rows` with those of `new` from `start` on that are inside the block."""
+    new = tf.where(inside, new, _slice(rows, start, new.shape[0]))
     return tf.ensure_shape(
-        xla.dynamic_update_slice(rows, new, tf.stack([first, 0])), rows.shape
+        xla.dynamic_update_slice(rows, new, tf.stack([start, 0])), rows.shape
     )
 
 
@@ -276,18 +279,22 @@ def _add_to_group(totals, new, e, first):
     )
 
 
-def _over_blocks(step, carry, group_sizes, num_rows, blocks):
-    """Applies `step(carry, group, first row, size, inside, first)` to all blocks.
+def _over_blocks(step, carry, group_sizes, rows, x):
+    """Applies `step(carry, group, start, inside, first)` to all blocks.
 
     A group is cut into blocks of the largest size, and what remains, at least one
     row, goes into one block of the smallest size that holds it. That one comes
     `first` in its group. Blocks of one size are a loop, whose trip count is the
-    number of them in use.
+    number of them in use. A block's memory begins at `start`, and `inside` says
+    which of its rows are the block's: it may reach into the next group, and where
+    no rows are left, begin in what comes before it.
     """
+    sizes = block_sizes(x.shape[0], group_sizes.shape[0])
+    num_rows = tf.shape(rows)[0]
     ends = tf.cumsum(group_sizes)
     starts = ends - group_sizes
-    largest = blocks[-1]
-    whole = tf.maximum(group_sizes - 1, 0) // largest
+    largest = sizes[-1]
+    whole = tf.maximum(group_sizes - 1, 0) // max(largest, 1)
     rest = group_sizes - whole * largest
 
     def sweep(carry, size, counts, first_rows, first):
@@ -297,8 +304,10 @@ def _over_blocks(step, carry, group_sizes, num_rows, blocks):
             e = tf.reduce_sum(tf.cast(last <= i, tf.int32))
             place = i - (tf.gather(last, e) - tf.gather(counts, e))
             row = tf.gather(first_rows, e) + place * size
-            inside = (row + tf.range(size) < tf.gather(ends, e))[:, None]
-            return i + 1, *step(carry, e, row, size, inside, first)
+            start = tf.minimum(row, num_rows - size)
+            index = start + tf.range(size)
+            inside = (index >= row) & (index < tf.gather(ends, e))
+            return i + 1, *step(carry, e, start, inside[:, None], first)
 
         _, *carry = tf.while_loop(
             lambda i, *_: i < last[-1], body, (tf.constant(0), *carry)
@@ -306,12 +315,12 @@ def _over_blocks(step, carry, group_sizes, num_rows, blocks):
         return carry
 
     smaller = 0
-    for size in blocks:
-        if num_rows is None or smaller < num_rows:  # no block of this size otherwise
-            counts = tf.cast((rest > smaller) & (rest <= size), tf.int32)
+    for size in sizes:
+        counts = tf.cast((rest > smaller) & (rest <= size), tf.int32)
+        if size:
             carry = sweep(carry, size, counts, starts + whole * largest, True)
         smaller = size
-    if num_rows is None or largest < num_rows:
+    if x.shape[0] is None or largest < x.shape[0]:
         carry = sweep(carry, largest, whole, starts, False)
     return carry
 
