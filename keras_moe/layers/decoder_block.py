@@ -42,6 +42,9 @@ class DecoderBlock(keras.layers.Layer):
             2019](https://arxiv.org/abs/1910.07467), eq. 4) or `"layer"`.
         norm_epsilon: float, positive.
         dropout: float in `[0, 1)`, of the second sublayer's output.
+        recompute: bool: in training, keep the inputs alone for the gradient and
+            compute the block anew on the way back (`keras.remat`): less memory
+            for about a third more time.
         **kwargs: `name`, `trainable`, `dtype`.
 
     Call arguments:
@@ -78,6 +81,7 @@ class DecoderBlock(keras.layers.Layer):
         norm="rms",
         norm_epsilon=1e-6,
         dropout=0.0,
+        recompute=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -90,6 +94,7 @@ class DecoderBlock(keras.layers.Layer):
         self.norm = norm
         self.norm_epsilon = norm_epsilon
         self.dropout = dropout
+        self.recompute = recompute
 
     @property
     def is_mixture(self):
@@ -125,6 +130,24 @@ class DecoderBlock(keras.layers.Layer):
     ):
         if padding_mask is None:
             padding_mask = mask
+        if self.recompute and training and cache is None:
+            x, statistics = self._recomputed(inputs, padding_mask)
+            if self.is_mixture and not return_statistics:
+                self.feed_forward.record(statistics)
+        else:
+            x, cache, statistics = self._forward(
+                inputs, padding_mask, cache, cache_index, training, return_statistics
+            )
+        outputs = [x]
+        if cache is not None:
+            outputs.append(cache)
+        if return_statistics:
+            outputs.append(statistics)
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+    def _forward(
+        self, inputs, padding_mask, cache, cache_index, training, with_statistics
+    ):
         x = self.attention_norm(inputs)
         if cache is None:
             x = self.attention(x, mask=padding_mask, training=training)
@@ -137,18 +160,38 @@ class DecoderBlock(keras.layers.Layer):
         statistics = None
         if not self.is_mixture:
             x = self.feed_forward(x)
-        elif return_statistics:
+        elif with_statistics:
             x, statistics = self.feed_forward(
                 x, mask=padding_mask, training=training, return_statistics=True
             )
         else:
             x = self.feed_forward(x, mask=padding_mask, training=training)
-        outputs = [residual + self.output_dropout(x, training=training)]
-        if cache is not None:
-            outputs.append(cache)
-        if return_statistics:
-            outputs.append(statistics)
-        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+        return residual + self.output_dropout(x, training=training), cache, statistics
+
+    def _recomputed(self, inputs, padding_mask):
+        # A function of its inputs and weights: what a backend recomputes must add
+        # no loss and change no state, such as the seeds of dropout and jitter.
+        weights, state = self.trainable_variables, self.non_trainable_variables
+
+        def forward(inputs, weight_values):
+            mapping = zip(weights + state, weight_values + before, strict=True)
+            with keras.StatelessScope(state_mapping=[*mapping]) as scope:
+                x, _, statistics = self._forward(
+                    inputs, padding_mask, None, 0, True, self.is_mixture
+                )
+            after = [scope.get_current_value(v) for v in state]
+            return x, list(statistics or ()), after
+
+        # Copies: assigned below, a variable's own memory would hold the next seed
+        # when the block is recomputed.
+        before = [keras.ops.copy(v.value) for v in state]
+        values = [v.value for v in weights]
+        x, statistics, after = keras.remat(forward)(inputs, values)
+        for variable, value in zip(state, after, strict=True):
+            variable.assign(value)
+        if not self.is_mixture:
+            return x, None
+        return x, routing_statistics.RoutingStatistics(*statistics)
 
     def compute_output_shape(self, inputs_shape):
         return inputs_shape
@@ -182,6 +225,7 @@ class DecoderBlock(keras.layers.Layer):
             "norm": self.norm,
             "norm_epsilon": self.norm_epsilon,
             "dropout": self.dropout,
+            "recompute": self.recompute,
         }
 
     @classmethod

@@ -66,6 +66,8 @@ class MoEBackbone(keras_hub.models.Backbone):
         norm_epsilon: float.
         tied_embeddings: bool, the output projection is the embedding transposed.
         dropout: float in `[0, 1)`, of both sublayers' outputs.
+        recompute: bool: in training, keep only the inputs of each block for the
+            gradient and compute the rest anew (see `DecoderBlock`).
         initializer_stddev: float, of the normal initializer of all matrices.
         context_length: int or None, the longest sequence in tokens; a longer one
             raises.
@@ -148,6 +150,7 @@ class MoEBackbone(keras_hub.models.Backbone):
         norm_epsilon=1e-6,
         tied_embeddings=False,
         dropout=0.0,
+        recompute=False,
         initializer_stddev=0.02,
         context_length=None,
         dtype=None,
@@ -198,6 +201,7 @@ class MoEBackbone(keras_hub.models.Backbone):
                 norm=norm,
                 norm_epsilon=norm_epsilon,
                 dropout=dropout,
+                recompute=recompute,
                 dtype=dtype,
                 name=f"transformer_layer_{index}",
             )

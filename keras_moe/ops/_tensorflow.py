@@ -47,7 +47,8 @@ def _differentiable(forward, backward):
 
             return y, gradient
 
-        return run(x, *tf.nest.flatten(weights))
+        # Tensors: of a variable, TensorFlow asks for a gradient of its own kind.
+        return run(x, *map(tf.convert_to_tensor, tf.nest.flatten(weights)))
 
     return formulation
 

@@ -10,7 +10,7 @@ from keras_moe.layers import (
     MixtureOfExperts,
     RoutingStatistics,
 )
-from tests.execution import MODES, as_function, in_mode
+from tests.execution import MODES, as_function, in_mode, with_gradients
 from tests.execution import numpy as to_numpy
 from tests.layers import attentions
 from tests.layers.mixtures import reference_of
@@ -257,3 +257,49 @@ def test_symbolic_calls():
     y, updated = block(inputs, cache=cache, cache_index=1)
     assert tuple(y.shape) == (None, LENGTH, DIM)
     assert [tuple(part.shape) for part in updated] == [(None, 9, 2, 2)] * 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_changes_nothing(kind, mode):
+    # Dropout and jitter draw from seeds, which must advance once.
+    def run(recompute):
+        keras.utils.set_random_seed(0)
+        feed_forward = FeedForward(6)
+        if kind == "mixture":
+            feed_forward = mixture(
+                router_jitter=0.3, balance_loss=0.1, z_loss=0.1, seed=1
+            )
+        block, x = make(
+            feed_forward=feed_forward,
+            attention=dict(dropout=0.2),
+            dropout=0.3,
+            recompute=recompute,
+        )
+        state = block.non_trainable_variables
+
+        def function(x, *weights):
+            mapping = zip(
+                block.trainable_variables + state, [*weights, *before], strict=True
+            )
+            with keras.StatelessScope([*mapping], collect_losses=True) as scope:
+                y = block(x, training=True)
+                total = sum(scope.losses) if scope.losses else 0.0
+            return ops.concatenate(
+                [ops.reshape(y, (-1,)), ops.reshape(total + 0.0 * y[0, 0, 0], (1,))]
+            )
+
+        before = [v.value for v in state]
+        weights = [to_numpy(v.value).astype("f") for v in block.trainable_variables]
+        dy = np.random.default_rng(2).normal(size=x.size + 1).astype("f")
+        result = with_gradients(function, (x, *weights), dy, mode)
+        block(x, training=True)
+        return result, to_numpy([v.value for v in block.non_trainable_variables])
+
+    (y, gradients), state = run(True)
+    (y_expected, expected_gradients), expected_state = run(False)
+    np.testing.assert_allclose(y, y_expected, atol=1e-5)
+    for a, b in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for a, b in zip(state, expected_state, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)

@@ -250,3 +250,28 @@ def test_lora_and_quantisation_say_that_experts_are_left():
         causal_lm.quantize("int8")
     after = ops.convert_to_numpy(causal_lm(inputs))
     assert 0 < np.abs(after - before).mean() < 0.2 * np.abs(before).mean()
+
+
+def test_training_with_recomputation():
+    # Seeds of dropout and jitter, losses and loads must be those of one pass.
+    token_ids = random_ids(8, 6)
+    targets = np.zeros((8, 6, SETTINGS["hidden_dim"]))
+
+    def train(recompute):
+        keras.utils.set_random_seed(0)
+        backbone = small_backbone(
+            balance_loss=0.1,
+            z_loss=0.1,
+            dropout=0.1,
+            router_jitter=0.1,
+            recompute=recompute,
+        )
+        backbone.compile(optimizer=keras.optimizers.SGD(0.1), loss="mse")
+        losses = backbone.fit(
+            full(token_ids), targets, batch_size=4, epochs=2, shuffle=False, verbose=0
+        ).history["loss"]
+        loads = [ops.convert_to_numpy(m.expert_load) for m in backbone.mixtures]
+        return [np.array(losses), *loads, *backbone.get_weights()]
+
+    for got, expected in zip(train(True), train(False), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
