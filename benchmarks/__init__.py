@@ -1,0 +1,1 @@
+"""What is measured, against whom: see run.py."""
