@@ -122,7 +122,6 @@ class _Groups:
                 size=self.count + 1,
                 element_shape=(None, spec.shape[1]),
                 infer_shape=False,
-                clear_after_read=False,
             )
             for spec in specs
         ]
@@ -130,8 +129,8 @@ class _Groups:
 
 def _groups_forward(functions, x, weights, group_sizes):
     groups = _Groups(group_sizes)
-    *between, (output,) = _output_specs(functions, x, weights)
-    specs = [*tf.nest.flatten(between), output]
+    specs = _output_specs(functions, x, weights)
+    flat_specs = tf.nest.flatten(specs)
 
     def step(i, e, rows, arrays):
         outputs = _chain(functions, x[rows], _matrices(weights, e))
@@ -140,17 +139,22 @@ def _groups_forward(functions, x, weights, group_sizes):
             for array, value in zip(arrays, tf.nest.flatten(outputs), strict=True)
         ]
 
-    *arrays, y = groups.loop(step, groups.arrays(specs))
-    return _all_rows(groups, y, output, x), (between, arrays)
+    # Tensors, not the arrays, for the gradient: a SavedModel takes no others.
+    outputs = [
+        _all_rows(groups, array, spec, x)
+        for array, spec in zip(
+            groups.loop(step, groups.arrays(flat_specs)), flat_specs, strict=True
+        )
+    ]
+    *between, (y,) = tf.nest.pack_sequence_as(specs, outputs)
+    return y, between
 
 
-def _groups_backward(functions, x, weights, group_sizes, kept, dy):
+def _groups_backward(functions, x, weights, group_sizes, between, dy):
     groups = _Groups(group_sizes)
-    between, arrays = kept
 
     def step(i, e, rows, results):
-        values = [array.read(i) for array in arrays]
-        inputs = [(x[rows],), *tf.nest.pack_sequence_as(between, values)]
+        inputs = tf.nest.map_structure(lambda t: t[rows], [(x,), *between])
         dx, dw = _chain_back(functions, inputs, _matrices(weights, e), (dy[rows],))
         of_rows, *of_weights = results
         return of_rows.write(i, dx), *(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe.layers import Experts
+from keras_moe.layers import Experts, MixtureOfExperts
 from tests.execution import (
     COMPILED,
     as_function,
@@ -103,3 +103,18 @@ def test_symbolic_call():
     layer, _ = make(dtype="mixed_bfloat16")
     y = layer(keras.Input((DIM,)), keras.Input(batch_shape=(4,), dtype="int32"))
     assert tuple(y.shape) == (None, DIM) and y.dtype == "bfloat16"
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="SavedModels are TensorFlow's"
+)
+def test_a_saved_model(tmp_path):
+    import tensorflow as tf
+
+    inputs = keras.Input((None, DIM))
+    model = keras.Model(inputs, MixtureOfExperts(4, HIDDEN)(inputs))
+    model.export(tmp_path / "model", verbose=False)
+    served = tf.saved_model.load(tmp_path / "model").serve
+    for shape in ((2, 5, DIM), (1, 1, DIM)):
+        x = np.random.default_rng(0).normal(size=shape).astype("float32")
+        np.testing.assert_allclose(served(x), model(x), atol=1e-6)
