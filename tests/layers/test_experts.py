@@ -114,7 +114,7 @@ def test_a_saved_model(tmp_path):
     inputs = keras.Input((None, DIM))
     model = keras.Model(inputs, MixtureOfExperts(4, HIDDEN)(inputs))
     model.export(tmp_path / "model", verbose=False)
-    served = tf.saved_model.load(tmp_path / "model").serve
+    loaded = tf.saved_model.load(tmp_path / "model")
     for shape in ((2, 5, DIM), (1, 1, DIM)):
         x = np.random.default_rng(0).normal(size=shape).astype("float32")
-        np.testing.assert_allclose(served(x), model(x), atol=1e-6)
+        np.testing.assert_allclose(loaded.serve(x), model(x), atol=1e-6)
