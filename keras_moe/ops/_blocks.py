@@ -1,6 +1,6 @@
 """How the formulations by blocks cut the rows, alike on JAX and TensorFlow."""
 
-_OF_MEAN = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1, 5 / 4, 3 / 2, 2)
+_OF_MEAN = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 9 / 8, 5 / 4, 3 / 2, 2)
 _LARGEST = 512
 _WITHOUT_MEAN = (16, 32, 64, 128, 256)
 
@@ -9,11 +9,11 @@ def block_sizes(num_rows, num_groups):
     """Rows of a block, ascending.
 
     To visit a block costs as much as some 20 rows more (on a CPU, whatever the
-    matrices' sizes: they are copied, and a product of few rows is slow), so rows
-    of one group belong in one block, and a block that is a little too large does
-    no harm. So there are sizes on both sides of the mean, none below 4 rows, and
-    steps of at least 16 above 16. Each size is a loop to compile. None exceeds the
-    number of rows.
+    matrices' sizes: they are copied, and a product of few rows is slow), so the
+    rows of a group belong in one block, and one a little too large does no harm.
+    So the sizes lie on both sides of the mean, closest just above it, where the
+    groups of an even load drawn at random fall. Each is a loop to compile. None
+    is below 4 rows or above the number of rows.
 
     Args:
         num_rows: int, or None where it is not known while tracing.
@@ -30,5 +30,5 @@ def _rounded(size):
     for step in (4, 8, 16):
         if size <= step:
             return step
-    step = 16 if size <= 128 else 32
+    step = 16 if size <= 256 else 32
     return int(-(-size // step) * step)

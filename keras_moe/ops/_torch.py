@@ -9,11 +9,14 @@ _ALIGNMENT = 16  # bytes: what grouped_mm asks of every row's stride
 
 
 def choose_formulation(x, weights):
-    # On a CPU the library multiplies group by group, too, but one product at a
-    # time; without gradients, a loop of ours keeps what lies between in the cache.
-    if x.device.type == "cpu" and not _differentiated(x, weights):
+    if not _library_takes(x, weights):
         return "groups"
-    return "library" if _library_takes(x, weights) else "groups"
+    # The library wants all matrices in the rows' dtype. To cast those of idle
+    # experts, too, would read every weight for a single token.
+    casts = any(w.dtype != x.dtype for stage in weights for w in stage)
+    if casts and x.device.type == "cpu" and not _differentiated(x, weights):
+        return "groups"
+    return "library"
 
 
 def _differentiated(x, weights):

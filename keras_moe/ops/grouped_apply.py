@@ -74,9 +74,10 @@ def grouped_apply(stages, x, group_sizes):
 #   backend      where                                       formulation
 #   jax          CPU                                         "blocks"
 #                GPU, TPU                                    "library" (ragged_dot)
-#   torch        gradients wanted, or a GPU, and rows that   "library" (grouped_mm)
-#                the library takes
-#                otherwise                                   "groups"
+#   torch        rows of a multiple of 16 bytes, and         "library" (grouped_mm)
+#                bfloat16 if on a GPU
+#                otherwise, and on a CPU without gradients   "groups"
+#                where weights are of another dtype
 #   tensorflow   within XLA                                  "blocks"
 #                eagerly, and in a graph without XLA         "groups"
 #
