@@ -153,6 +153,7 @@ def plot(records, path):
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters, not their outlines
     import matplotlib.pyplot as plt
 
     cases = [case for case in dict.fromkeys(r["case"] for r in records)]
