@@ -19,7 +19,8 @@ def measure(size, repeats, xla=None):
 
     found = {}
     for name in MODELS:
-        command = [sys.executable, "-m", "benchmarks.memory", name, size, str(xla)]
+        command = [sys.executable, "-m", "benchmarks.memory", name, size]
+        command.append(json.dumps(xla))
         output = subprocess.run(command, check=True, capture_output=True, text=True)
         found[name] = json.loads(output.stdout.splitlines()[-1])
     activations = found["dense"]["peak"] - 2 * found["dense"]["weights"]
@@ -66,6 +67,4 @@ def _status(key):
 
 
 if __name__ == "__main__":
-    _measure_here(
-        *sys.argv[1:3], {"None": None, "True": True, "False": False}[sys.argv[3]]
-    )
+    _measure_here(*sys.argv[1:3], json.loads(sys.argv[3]))

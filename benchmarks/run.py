@@ -130,9 +130,9 @@ def table(records):
             if name == OURS:
                 continue
             ratio = _value(ours) / _value(record)
+            text = f"{ratio:.2f}"
             if name == "matmul":  # of as many operations
-                name, ratio = "rate of a matmul", 1 / ratio
-            text = f"{ratio:.2f}" + (" of it" if name.startswith("rate") else "")
+                name, text = "rate of a matmul", f"{1 / ratio:.2f} of it"
             lines.append(f"| {backend} | {case} | {_text(ours)} | {name} | {text} |")
     return lines
 
@@ -156,12 +156,8 @@ def plot(records, path):
     matplotlib.rcParams["svg.fonttype"] = "none"  # letters, not their outlines
     import matplotlib.pyplot as plt
 
-    cases = [case for case in dict.fromkeys(r["case"] for r in records)]
-    cases = [
-        case
-        for case in cases
-        if any(r["case"] == case and r["candidate"] == "dense" for r in records)
-    ]
+    cases = [r["case"] for r in records if r["candidate"] == "dense"]
+    cases = list(dict.fromkeys(cases))  # one of each, on however many backends
     if not cases:
         return
     figure, axes = plt.subplots(

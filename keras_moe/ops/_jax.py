@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_moe.ops._blocks import block_sizes
+from keras_moe.ops._blocks import block_at, sweeps
+from keras_moe.ops._stages import stage_outputs
 
 
 def choose_formulation(x, weights):
@@ -35,10 +36,9 @@ def _library(functions, x, weights, group_sizes):
         return lax.ragged_dot(x, w.astype(x.dtype), group_sizes)
 
     valid = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
-    values = (jnp.where(valid, x, 0),)
-    for function, stage in zip(functions, weights, strict=True):
-        values = function(matmul, values, stage)
-    return jnp.where(valid, values[0], 0)
+    rows = jnp.where(valid, x, 0)
+    *_, (y,) = stage_outputs(functions, rows, weights, matmul)
+    return jnp.where(valid, y, 0)
 
 
 # --- Blocks: loops that visit the blocks of rows in use. Their trip counts depend on
@@ -82,11 +82,7 @@ def _run(functions, x, weights, group_sizes, wanted):
     """The outputs of the `wanted` stages, `[N, ...]`."""
 
     def outputs(rows, weights):
-        values, found = (rows,), []
-        for function, stage in zip(functions, weights, strict=True):
-            values = function(_matmul, values, stage)
-            found.append(values)
-        return found[wanted]
+        return stage_outputs(functions, rows, weights, _matmul)[wanted]
 
     def step(buffers, e, start, inside, first):
         values = outputs(_slice(x, start, inside), _of_group(weights, e))
@@ -160,42 +156,13 @@ def _add_to_group(totals, new, e, first):
 
 
 def _over_blocks(step, carry, group_sizes, num_rows):
-    """Applies `step(carry, group, start, inside, first)` to all blocks.
+    """Applies `step(carry, group, start, inside, first)` to all blocks."""
+    for sweep in sweeps(group_sizes.astype(jnp.int32), num_rows):
 
-    A group is cut into blocks of the largest size, and what remains, at least one
-    row, goes into one block of the smallest size that holds it. That one comes
-    `first` in its group. Blocks of one size are a loop, whose trip count is the
-    number of them in use. A block's memory begins at `start`, and `inside` says
-    which of its rows are the block's: it may reach into the next group, and where
-    no rows are left, begin in what comes before it.
-    """
-    sizes = block_sizes(num_rows, group_sizes.shape[0])
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
-    largest = sizes[-1]
-    whole = jnp.maximum(group_sizes - 1, 0) // max(largest, 1)
-    rest = group_sizes - whole * largest
+        def body(i, carry, sweep=sweep):
+            return step(carry, *block_at(sweep, i, num_rows), sweep.first)
 
-    def sweep(carry, size, counts, first_rows, first):
-        last = jnp.cumsum(counts)
-
-        def body(i, carry):
-            e = jnp.searchsorted(last, i, side="right", method="compare_all")
-            row = first_rows[e] + (i - (last[e] - counts[e])) * size
-            start = jnp.minimum(row, num_rows - size)
-            index = start + jnp.arange(size)
-            return step(carry, e, start, (index >= row) & (index < ends[e]), first)
-
-        return lax.fori_loop(0, last[-1], body, carry)
-
-    smaller = 0
-    for size in sizes:
-        counts = ((rest > smaller) & (rest <= size)).astype(group_sizes.dtype)
-        if size:
-            carry = sweep(carry, size, counts, starts + whole * largest, True)
-        smaller = size
-    if largest < num_rows:
-        carry = sweep(carry, largest, whole, starts, False)
+        carry = lax.fori_loop(0, jnp.sum(sweep.counts), body, carry)
     return carry
 
 

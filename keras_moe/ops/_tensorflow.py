@@ -7,7 +7,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 from tensorflow.python.ops import control_flow_util
 
-from keras_moe.ops._blocks import block_sizes
+from keras_moe.ops._blocks import block_at, block_sizes, sweeps
+from keras_moe.ops._stages import stage_outputs
 
 
 def choose_formulation(x, weights):
@@ -53,22 +54,13 @@ def _differentiable(forward, backward):
     return formulation
 
 
-def _chain(functions, rows, weights):
-    """The outputs of all stages, for rows of one group and its weights."""
-    values, outputs = (rows,), []
-    for function, stage in zip(functions, weights, strict=True):
-        values = function(_matmul, values, stage)
-        outputs.append(values)
-    return outputs
-
-
 def _output_specs(functions, x, weights):
-    """Tensors without rows, of the structure, dtypes and features of `_chain`'s."""
-    return _chain(functions, x[:0], tf.nest.map_structure(lambda w: w[0], weights))
+    """All stages' outputs without rows: their structure, dtypes and features."""
+    return stage_outputs(functions, x[:0], _matrices(weights, 0), _matmul)
 
 
 def _chain_back(functions, inputs, weights, gradient):
-    """The gradients of the first input and of each weight, likewise."""
+    """The gradients of the first input and of each weight, for rows of one group."""
     of_weights = []
     for function, values, stage in zip(
         reversed(functions), reversed(inputs), reversed(weights), strict=True
@@ -133,7 +125,7 @@ def _groups_forward(functions, x, weights, group_sizes):
     flat_specs = tf.nest.flatten(specs)
 
     def step(i, e, rows, arrays):
-        outputs = _chain(functions, x[rows], _matrices(weights, e))
+        outputs = stage_outputs(functions, x[rows], _matrices(weights, e), _matmul)
         return [
             array.write(i, value)
             for array, value in zip(arrays, tf.nest.flatten(outputs), strict=True)
@@ -189,7 +181,8 @@ def _blocks_forward(functions, x, weights, group_sizes):
 
     def step(buffers, e, start, inside, first):
         block = _slice(rows, start, inside.shape[0])
-        outputs = _chain(functions, block, _matrices_of_block(weights, e))
+        matrices = _matrices_of_block(weights, e)
+        outputs = stage_outputs(functions, block, matrices, _matmul)
         return [
             _update(buffer, value, start, inside)
             for buffer, value in zip(buffers, tf.nest.flatten(outputs), strict=True)
@@ -285,48 +278,18 @@ def _add_to_group(totals, new, e, first):
 
 
 def _over_blocks(step, carry, group_sizes, rows, x):
-    """Applies `step(carry, group, start, inside, first)` to all blocks.
-
-    A group is cut into blocks of the largest size, and what remains, at least one
-    row, goes into one block of the smallest size that holds it. That one comes
-    `first` in its group. Blocks of one size are a loop, whose trip count is the
-    number of them in use. A block's memory begins at `start`, and `inside` says
-    which of its rows are the block's: it may reach into the next group, and where
-    no rows are left, begin in what comes before it.
-    """
-    sizes = block_sizes(x.shape[0], group_sizes.shape[0])
+    """Applies `step(carry, group, start, inside, first)` to all blocks."""
     num_rows = tf.shape(rows)[0]
-    ends = tf.cumsum(group_sizes)
-    starts = ends - group_sizes
-    largest = sizes[-1]
-    whole = tf.maximum(group_sizes - 1, 0) // max(largest, 1)
-    rest = group_sizes - whole * largest
+    for sweep in sweeps(group_sizes, x.shape[0]):
 
-    def sweep(carry, size, counts, first_rows, first):
-        last = tf.cumsum(counts)
+        def body(i, *carry, sweep=sweep):
+            e, start, inside = block_at(sweep, i, num_rows)
+            return i + 1, *step(carry, e, start, inside[:, None], sweep.first)
 
-        def body(i, *carry):
-            e = tf.reduce_sum(tf.cast(last <= i, tf.int32))
-            place = i - (tf.gather(last, e) - tf.gather(counts, e))
-            row = tf.gather(first_rows, e) + place * size
-            start = tf.minimum(row, num_rows - size)
-            index = start + tf.range(size)
-            inside = (index >= row) & (index < tf.gather(ends, e))
-            return i + 1, *step(carry, e, start, inside[:, None], first)
-
+        blocks = tf.reduce_sum(sweep.counts)
         _, *carry = tf.while_loop(
-            lambda i, *_: i < last[-1], body, (tf.constant(0), *carry)
+            lambda i, *_, blocks=blocks: i < blocks, body, (tf.constant(0), *carry)
         )
-        return carry
-
-    smaller = 0
-    for size in sizes:
-        counts = tf.cast((rest > smaller) & (rest <= size), tf.int32)
-        if size:
-            carry = sweep(carry, size, counts, starts + whole * largest, True)
-        smaller = size
-    if x.shape[0] is None or largest < x.shape[0]:
-        carry = sweep(carry, largest, whole, starts, False)
     return carry
 
 

@@ -5,6 +5,8 @@ N  rows     D  features in      H  features out     E  groups
 
 import torch
 
+from keras_moe.ops._stages import stage_outputs
+
 _ALIGNMENT = 16  # bytes: what grouped_mm asks of every row's stride
 
 
@@ -62,10 +64,11 @@ def _library(functions, x, weights, group_sizes):
     # To know how many they are costs nothing on a CPU, and a wait on a GPU.
     if x.device.type == "cpu":
         used = int(ends[-1])
-        *_, (y,) = _chain(functions, (x[:used],), weights, matmul)
+        *_, (y,) = stage_outputs(functions, x[:used], weights, matmul)
         return _with_zeros(y, x.shape[0] - used)
     valid = (torch.arange(x.shape[0], device=x.device) < ends[-1])[:, None]
-    *_, (y,) = _chain(functions, (torch.where(valid, x, 0),), weights, matmul)
+    rows = torch.where(valid, x, 0)
+    *_, (y,) = stage_outputs(functions, rows, weights, matmul)
     return torch.where(valid, y, 0)
 
 
@@ -77,26 +80,20 @@ def _matmul(x, w):
     return x @ w.to(x.dtype)
 
 
-def _chain(functions, values, weights, matmul=_matmul):
-    """The outputs of all stages, as they come."""
-    for function, stage in zip(functions, weights, strict=True):
-        values = function(matmul, values, stage)
-        yield values
-
-
 # --- Groups: a loop over the groups in use, the sizes read by Python.
 
 
 def _groups(functions, x, weights, group_sizes):
     if x.device.type == "meta":  # where no group has a size
-        *_, (y,) = _chain(functions, (x,), _matrices(weights, 0))
+        *_, (y,) = stage_outputs(functions, x, _matrices(weights, 0), _matmul)
         return y
     group_sizes = group_sizes.tolist()
     used = sum(group_sizes)
     if used and not _differentiated(x, weights):
         parts = []
         for e, rows in _in_use(group_sizes):
-            *_, (y,) = _chain(functions, (x[rows],), _matrices(weights, e))
+            matrices = _matrices(weights, e)
+            *_, (y,) = stage_outputs(functions, x[rows], matrices, _matmul)
             parts.append(y)
         y = torch.cat(parts) if len(parts) > 1 else y
     else:
@@ -105,7 +102,7 @@ def _groups(functions, x, weights, group_sizes):
         def matmul(x, w):
             return _Product.apply(x, w.to(x.dtype), group_sizes)
 
-        *_, (y,) = _chain(functions, (x[:used],), weights, matmul)
+        *_, (y,) = stage_outputs(functions, x[:used], weights, matmul)
     return _with_zeros(y, x.shape[0] - used)
 
 

@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_moe import checks
 from keras_moe.ops._backend import backend
+from keras_moe.ops._stages import stage_outputs
 
 
 class Stage(NamedTuple):
@@ -128,10 +129,10 @@ def _dense(functions, x, weights, group_sizes):
         inside = (row < ends[e]) & (row >= ends[e] - group_sizes[e])
         inside = inside[:, None]
         # Rows of others may hold infinities, whose gradient is not a number.
-        values = (ops.where(inside, x, ops.zeros_like(x)),)
-        for function, stage in zip(functions, weights, strict=True):
-            values = function(_matmul, values, tuple(w[e] for w in stage))
-        y = y + ops.where(inside, values[0], ops.zeros_like(values[0]))
+        rows = ops.where(inside, x, ops.zeros_like(x))
+        matrices = [tuple(w[e] for w in stage) for stage in weights]
+        *_, (part,) = stage_outputs(functions, rows, matrices, _matmul)
+        y = y + ops.where(inside, part, ops.zeros_like(part))
     return y
 
 

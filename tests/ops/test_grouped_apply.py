@@ -62,6 +62,17 @@ def draw(rows, groups, seed=0):
     return arrays[:-1], arrays[-1]
 
 
+def check(function, sizes, rows, mode):
+    arrays, dy = draw(rows, len(sizes))
+    inputs = (*arrays, np.array(sizes, "int32"))
+    y, gradients = with_gradients(function, inputs, dy, mode)
+    expected = reference(sizes)
+    np.testing.assert_allclose(y, expected(*arrays), atol=1e-5)
+    differences = numerical_gradients(expected, arrays, dy)
+    for a, b in zip(gradients, differences, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 def test_every_formulation_of_the_backend_is_tested():
     assert {name for name, _ in CASES} == {*backend.FORMULATIONS, "dense"}
 
@@ -73,29 +84,13 @@ def test_every_formulation_of_the_backend_is_tested():
     ids=str,
 )
 def test_a_chain_and_its_gradients(sizes, rows, name, mode):
-    arrays, dy = draw(rows, len(sizes))
     with formulation(name):
-        y, gradients = with_gradients(
-            lambda *a: chain(*a), (*arrays, np.array(sizes, "int32")), dy, mode
-        )
-    expected = reference(sizes)
-    np.testing.assert_allclose(y, expected(*arrays), atol=1e-5)
-    differences = numerical_gradients(expected, arrays, dy)
-    for a, b in zip(gradients, differences, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+        check(lambda *a: chain(*a), sizes, rows, mode)  # compiled anew
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_formulation_of_choice(mode):
-    sizes = [3, 0, 4, 1]
-    arrays, dy = draw(10, 4)
-    inputs = (*arrays, np.array(sizes, "int32"))
-    y, gradients = with_gradients(chain, inputs, dy, mode)
-    expected = reference(sizes)
-    np.testing.assert_allclose(y, expected(*arrays), atol=1e-5)
-    differences = numerical_gradients(expected, arrays, dy)
-    for a, b in zip(gradients, differences, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4)
+    check(chain, [3, 0, 4, 1], 10, mode)
 
 
 @pytest.mark.parametrize("mode", MODES)
