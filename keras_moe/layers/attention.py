@@ -6,12 +6,12 @@ D  model features
 """
 
 import keras
-import keras_hub
 from keras import ops
 
 from keras_moe import checks
 from keras_moe.layers.initializers import fresh
 from keras_moe.layers.relative_bias import RelativeBias
+from keras_moe.layers.rotary import rotary_frequencies, rotate, rotations
 
 POSITIONS = ("rotary", "relative_bias")
 
@@ -122,10 +122,7 @@ class GroupedQueryAttention(keras.layers.Layer):
                     "`head_dim` must be even with rotary positions. "
                     f"Received: head_dim={self.head_dim}"
                 )
-            self.rotary = keras_hub.layers.RotaryEmbedding(
-                max_wavelength=self.rope_theta, dtype=self.dtype_policy, name="rotary"
-            )
-            self.rotary.supports_masking = True
+            self._frequencies = rotary_frequencies(self.head_dim, self.rope_theta)
         else:
             self.relative_bias = RelativeBias(
                 self.num_query_heads,
@@ -169,8 +166,8 @@ class GroupedQueryAttention(keras.layers.Layer):
         if self.positions == "rotary":
             # Left padding must not shift the tokens after it.
             positions = query_index if mask is None else _count_tokens(mask)
-            query = self.rotary(query, positions=positions)
-            key = self.rotary(key, positions=positions)
+            turns = rotations(positions, self._frequencies, query.dtype)
+            query, key = rotate(query, *turns), rotate(key, *turns)
         if cache is not None:
             start = (0, cache_index, 0, 0)
             key = ops.slice_update(cache[0], start, ops.cast(key, cache[0].dtype))
@@ -183,7 +180,8 @@ class GroupedQueryAttention(keras.layers.Layer):
             visible = ops.logical_and(visible, mask[:, None, None, :])
         outputs = self._attend(query, key, value, query_index, key_index, visible)
         outputs = self.output_dense(outputs)
-        outputs = self.output_dropout(outputs, training=training)
+        if self.dropout:  # a call of a layer costs more than a token's arithmetic
+            outputs = self.output_dropout(outputs, training=training)
         return outputs if cache is None else (outputs, cache)
 
     def _attend(self, query, key, value, query_index, key_index, visible):

@@ -166,7 +166,9 @@ class DecoderBlock(keras.layers.Layer):
             )
         else:
             x = self.feed_forward(x, mask=padding_mask, training=training)
-        return residual + self.output_dropout(x, training=training), cache, statistics
+        if self.dropout:
+            x = self.output_dropout(x, training=training)
+        return residual + x, cache, statistics
 
     def _recomputed(self, inputs, padding_mask):
         # A function of its inputs and weights: what a backend recomputes must add
