@@ -4,6 +4,7 @@ from keras_moe.layers.attention import GroupedQueryAttention
 from keras_moe.layers.decoder_block import DecoderBlock
 from keras_moe.layers.experts import Experts
 from keras_moe.layers.feed_forward import FeedForward
+from keras_moe.layers.latent_attention import LatentAttention
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.relative_bias import RelativeBias
 from keras_moe.layers.routers import Router, Routing, TopKRouter
@@ -14,6 +15,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "GroupedQueryAttention",
+    "LatentAttention",
     "MixtureOfExperts",
     "RelativeBias",
     "Router",

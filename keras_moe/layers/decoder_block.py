@@ -3,6 +3,8 @@
 B  batch        T  tokens       D  model features
 """
 
+import functools
+
 import keras
 
 from keras_moe import checks
@@ -13,11 +15,12 @@ from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 NORMS = {
     "rms": keras.layers.RMSNormalization,
     "layer": keras.layers.LayerNormalization,
+    "layer_no_bias": functools.partial(keras.layers.LayerNormalization, center=False),
 }
 
 
 def normalization(kind, epsilon, **kwargs):
-    """An RMS norm (`"rms"`) or a layer norm (`"layer"`) over the features."""
+    """An RMS norm (`"rms"`) or a layer norm, with an offset (`"layer"`) or without."""
     checks.one_of("norm", kind, NORMS)
     layer = NORMS[kind](epsilon=epsilon, **kwargs)
     layer.supports_masking = True  # Keras's RMS norm warns of masks otherwise
@@ -39,8 +42,11 @@ class DecoderBlock(keras.layers.Layer):
         attention: a layer such as `GroupedQueryAttention`.
         feed_forward: a `FeedForward` or a `MixtureOfExperts`.
         norm: `"rms"` ([Zhang and Sennrich,
-            2019](https://arxiv.org/abs/1910.07467), eq. 4) or `"layer"`.
+            2019](https://arxiv.org/abs/1910.07467), eq. 4), `"layer"` or
+            `"layer_no_bias"`.
         norm_epsilon: float, positive.
+        output_norms: bool: each sublayer's output is normalised as well, before it
+            is added (Grok-1).
         dropout: float in `[0, 1)`, of the second sublayer's output.
         recompute: bool: in training, keep the inputs alone for the gradient and
             compute the block anew on the way back (`keras.remat`): less memory
@@ -82,6 +88,7 @@ class DecoderBlock(keras.layers.Layer):
         norm_epsilon=1e-6,
         dropout=0.0,
         recompute=False,
+        output_norms=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -95,6 +102,7 @@ class DecoderBlock(keras.layers.Layer):
         self.norm_epsilon = norm_epsilon
         self.dropout = dropout
         self.recompute = recompute
+        self.output_norms = output_norms
 
     @property
     def is_mixture(self):
@@ -111,6 +119,9 @@ class DecoderBlock(keras.layers.Layer):
 
         self.attention_norm = norm("attention_norm")
         self.feed_forward_norm = norm("feed_forward_norm")
+        if self.output_norms:
+            self.attention_output_norm = norm("attention_output_norm")
+            self.feed_forward_output_norm = norm("feed_forward_output_norm")
         for layer in (self.attention, self.feed_forward):
             if not layer.built:
                 layer.build(input_shape)
@@ -155,6 +166,8 @@ class DecoderBlock(keras.layers.Layer):
             x, cache = self.attention(
                 x, cache=cache, cache_index=cache_index, training=training
             )
+        if self.output_norms:
+            x = self.attention_output_norm(x)
         residual = inputs + x
         x = self.feed_forward_norm(residual)
         statistics = None
@@ -166,6 +179,8 @@ class DecoderBlock(keras.layers.Layer):
             )
         else:
             x = self.feed_forward(x, mask=padding_mask, training=training)
+        if self.output_norms:
+            x = self.feed_forward_output_norm(x)
         if self.dropout:
             x = self.output_dropout(x, training=training)
         return residual + x, cache, statistics
@@ -228,6 +243,7 @@ class DecoderBlock(keras.layers.Layer):
             "norm_epsilon": self.norm_epsilon,
             "dropout": self.dropout,
             "recompute": self.recompute,
+            "output_norms": self.output_norms,
         }
 
     @classmethod

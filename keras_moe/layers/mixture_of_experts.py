@@ -29,6 +29,11 @@ _ROUTER_DEFAULTS = {
     "normalize_gates": None,
     "gates_from": "all",
     "router_jitter": 0.0,
+    "selection_bias": False,
+    "expert_groups": 1,
+    "top_k_groups": 1,
+    "group_scores": "top_2",
+    "gate_scale": 1.0,
     "seed": None,
 }
 
@@ -100,6 +105,14 @@ class MixtureOfExperts(keras.layers.Layer):
         gates_from: see `TopKRouter`.
         router_jitter: see `TopKRouter`'s `jitter`.
         kernel_initializer: initializer of experts, shared experts and router.
+        shared_expert_dim: int or None: the hidden width of the shared experts
+            together; None for `num_shared_experts * intermediate_dim`.
+        shared_expert_gate: bool: what the shared experts give is multiplied by
+            `sigmoid(x w)`, `w` a weight `[D]` (Qwen1.5-MoE).
+        selection_bias: see `TopKRouter`, as for `top_k_groups`, `group_scores`,
+            `gate_scale`, and `expert_groups`, its `groups`.
+        bias_update_rate: float: in training, how far the selection bias moves at
+            each step (see `TopKRouter.balance`).
         seed: int or None, of the router's jitter.
         **kwargs: `name`, `trainable`, `dtype`. The router computes in float32
             whatever the policy.
@@ -152,6 +165,14 @@ class MixtureOfExperts(keras.layers.Layer):
         normalize_gates=None,
         gates_from="all",
         router_jitter=0.0,
+        selection_bias=False,
+        expert_groups=1,
+        top_k_groups=1,
+        group_scores="top_2",
+        gate_scale=1.0,
+        bias_update_rate=0.0,
+        shared_expert_dim=None,
+        shared_expert_gate=False,
         kernel_initializer="glorot_uniform",
         seed=None,
         **kwargs,
@@ -165,6 +186,15 @@ class MixtureOfExperts(keras.layers.Layer):
         checks.not_negative("z_loss", z_loss)
         checks.one_of("balance_choices", balance_choices, ("all", "first"))
         checks.fraction("router_jitter", router_jitter)
+        checks.not_negative("bias_update_rate", bias_update_rate)
+        if shared_expert_dim is not None:
+            checks.at_least("shared_expert_dim", shared_expert_dim, 1)
+        if not num_shared_experts and (shared_expert_dim or shared_expert_gate):
+            raise ValueError(
+                "`shared_expert_dim` and `shared_expert_gate` need shared experts. "
+                f"Received: shared_expert_dim={shared_expert_dim!r}, "
+                f"shared_expert_gate={shared_expert_gate!r}, num_shared_experts=0"
+            )
         self.supports_masking = True
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
@@ -172,6 +202,9 @@ class MixtureOfExperts(keras.layers.Layer):
         self.activation = checks.activation("activation", activation)
         self.gated = gated
         self.num_shared_experts = num_shared_experts
+        self.shared_expert_dim = shared_expert_dim
+        self.has_shared_expert_gate = shared_expert_gate
+        self.bias_update_rate = bias_update_rate
         self.balance_loss = balance_loss
         self.z_loss = z_loss
         self.balance_choices = balance_choices
@@ -184,10 +217,20 @@ class MixtureOfExperts(keras.layers.Layer):
             "normalize_gates": normalize_gates,
             "gates_from": gates_from,
             "router_jitter": router_jitter,
+            "selection_bias": selection_bias,
+            "expert_groups": expert_groups,
+            "top_k_groups": top_k_groups,
+            "group_scores": group_scores,
+            "gate_scale": gate_scale,
             "seed": seed,
         }
         self._router_name = router if isinstance(router, str) else None
         self.router = self._make_router(router)
+        if bias_update_rate and not getattr(self.router, "has_selection_bias", False):
+            raise ValueError(
+                "`bias_update_rate` needs a router with `selection_bias=True`. "
+                f"Received: bias_update_rate={bias_update_rate}"
+            )
         self.experts = Experts(
             num_experts,
             intermediate_dim,
@@ -199,13 +242,22 @@ class MixtureOfExperts(keras.layers.Layer):
         )
         if num_shared_experts:
             self.shared_experts = FeedForward(
-                num_shared_experts * intermediate_dim,
+                shared_expert_dim or num_shared_experts * intermediate_dim,
                 activation=activation,
                 gated=gated,
                 # Not the seeds of the experts, which count from the first on.
                 kernel_initializer=fresh(self.kernel_initializer, 3),
                 dtype=self.dtype_policy,
                 name="shared_experts",
+            )
+        if shared_expert_gate:
+            self.shared_expert_gate = keras.layers.Dense(
+                1,
+                activation="sigmoid",
+                use_bias=False,
+                kernel_initializer=fresh(self.kernel_initializer, 7),
+                dtype=self.dtype_policy,
+                name="shared_expert_gate",
             )
         self._load = _Load(num_experts)
 
@@ -273,6 +325,11 @@ class MixtureOfExperts(keras.layers.Layer):
             normalize_gates=settings["normalize_gates"],
             gates_from=settings["gates_from"],
             jitter=settings["router_jitter"],
+            selection_bias=settings["selection_bias"],
+            groups=settings["expert_groups"],
+            top_k_groups=settings["top_k_groups"],
+            group_scores=settings["group_scores"],
+            gate_scale=settings["gate_scale"],
             seed=settings["seed"],
             kernel_initializer=fresh(self.kernel_initializer, 6),
             name="router",
@@ -285,6 +342,8 @@ class MixtureOfExperts(keras.layers.Layer):
         self.experts.build((None, dim))
         if self.num_shared_experts:
             self.shared_experts.build(input_shape)
+        if self.has_shared_expert_gate:
+            self.shared_expert_gate.build((None, dim))
 
     @property
     def variables(self):
@@ -333,7 +392,10 @@ class MixtureOfExperts(keras.layers.Layer):
             limited = limit_capacity(routing, capacity, group_size, self.num_experts)
         outputs = self._compute(tokens, limited)
         if self.num_shared_experts:
-            outputs = outputs + self.shared_experts(tokens)
+            shared = self.shared_experts(tokens)
+            if self.has_shared_expert_gate:
+                shared = self.shared_expert_gate(tokens) * shared
+            outputs = outputs + shared
         statistics = None
         if with_statistics:
             statistics = routing_statistics.collect(
@@ -400,7 +462,10 @@ class MixtureOfExperts(keras.layers.Layer):
             )
         if self.z_loss:
             self.add_loss(self.z_loss * routing_statistics.z_loss(statistics))
-        self._load.share.assign(routing_statistics.expert_load(statistics))
+        load = routing_statistics.expert_load(statistics)
+        if self.bias_update_rate:
+            self.router.balance(load, self.bias_update_rate)
+        self._load.share.assign(load)
         self._load.dropped.assign(routing_statistics.dropped_fraction(statistics))
 
     def compute_output_shape(self, input_shape):
@@ -435,6 +500,9 @@ class MixtureOfExperts(keras.layers.Layer):
             "capacity": self.capacity,
             "capacity_group": self.capacity_group,
             "balance_choices": self.balance_choices,
+            "shared_expert_dim": self.shared_expert_dim,
+            "shared_expert_gate": self.has_shared_expert_gate,
+            "bias_update_rate": self.bias_update_rate,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             **self._router_settings,
         }

@@ -10,6 +10,7 @@ g  gates: the weights with which the chosen experts' outputs are summed
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe import checks
@@ -115,6 +116,14 @@ class TopKRouter(Router):
       ([Jiang et al., 2024](https://arxiv.org/abs/2401.04088), section 2.1),
       equal to normalised softmax gates.
 
+    What is chosen may differ from what is weighed: a `selection_bias` `b` is added
+    to the scores for the choice alone, and with `groups` the choice is limited to the
+    `top_k_groups` groups that score highest
+    ([DeepSeek-V2, 2024](https://arxiv.org/abs/2405.04434), section 2.2.2, where a
+    group's score is its best expert's;
+    [DeepSeek-V3, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2, eq. 16,
+    where it is the sum of its two best). Gates are multiplied by `gate_scale` at last.
+
     Args:
         num_experts: int, E.
         top_k: int, K, between 1 and `num_experts`.
@@ -128,6 +137,12 @@ class TopKRouter(Router):
             (Switch, section 2.4). The experts see them unchanged.
         seed: int or None, of the jitter.
         kernel_initializer: initializer of the `[D, E]` weights.
+        selection_bias: bool: the weight `selection_bias` `[E]`, zero at first, which
+            no gradient reaches; `balance` moves it.
+        groups: int: consecutive experts form this many groups of equal size.
+        top_k_groups: int, the groups a token may choose from.
+        group_scores: `"max"` or `"top_2"`.
+        gate_scale: float, positive.
         **kwargs: `name`, `trainable`.
 
     Call arguments:
@@ -160,11 +175,24 @@ class TopKRouter(Router):
         jitter=0.0,
         seed=None,
         kernel_initializer="glorot_uniform",
+        selection_bias=False,
+        groups=1,
+        top_k_groups=1,
+        group_scores="top_2",
+        gate_scale=1.0,
         **kwargs,
     ):
         super().__init__(
             num_experts, top_k, kernel_initializer=kernel_initializer, **kwargs
         )
+        checks.one_of("group_scores", group_scores, ("max", "top_2"))
+        checks.positive("gate_scale", gate_scale)
+        _check_groups(num_experts, top_k, groups, top_k_groups, group_scores)
+        self.has_selection_bias = selection_bias
+        self.groups = groups
+        self.top_k_groups = top_k_groups
+        self.group_scores = group_scores
+        self.gate_scale = gate_scale
         checks.one_of("scores", scores, ("softmax", "sigmoid"))
         checks.one_of("gates_from", gates_from, ("all", "top_k"))
         checks.fraction("jitter", jitter)
@@ -175,6 +203,16 @@ class TopKRouter(Router):
         self.seed = seed
         if jitter:
             self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.has_selection_bias:
+            self.selection_bias = self.add_weight(
+                name="selection_bias",
+                shape=(self.num_experts,),
+                initializer="zeros",
+                trainable=False,
+            )
 
     def call(self, inputs, mask=None, training=None):
         if self.jitter and training:
@@ -187,20 +225,52 @@ class TopKRouter(Router):
             )
         logits = ops.matmul(inputs, self.kernel)
         scores = self._score(logits)
-        # The same order as that of the scores, which may round to ties.
-        _, expert_ids = top_k_op(logits, self.top_k)
+        _, expert_ids = top_k_op(self._preferences(logits, scores), self.top_k)
         if self.gates_from == "all":
             gates = ops.take_along_axis(scores, expert_ids, axis=-1)
         else:
             gates = self._score(ops.take_along_axis(logits, expert_ids, axis=-1))
         if self._normalizes_gates():
             gates = _normalize(gates)
+        if self.gate_scale != 1.0:
+            gates = gates * self.gate_scale
         probabilities = scores if self.scores == "softmax" else _normalize(scores)
         if mask is not None:
             mask = ops.cast(mask, "bool")[:, None]
             expert_ids = ops.where(mask, expert_ids, self.num_experts)
             gates = ops.where(mask, gates, 0.0)
         return Routing(expert_ids, gates, probabilities, logits)
+
+    def _preferences(self, logits, scores):
+        """What experts are chosen by, `[T, E]`."""
+        if self.has_selection_bias:
+            scores = scores + self.selection_bias
+        elif self.groups == self.top_k_groups or self.group_scores == "max":
+            # The same order as that of the scores, which may round to ties.
+            scores = logits
+        if self.groups == self.top_k_groups:
+            return scores
+        groups = ops.reshape(scores, (-1, self.groups, self.num_experts // self.groups))
+        best, _ = top_k_op(groups, 1 if self.group_scores == "max" else 2)
+        _, chosen = top_k_op(ops.sum(best, axis=-1), self.top_k_groups)
+        allowed = ops.any(
+            chosen[:, :, None] == ops.arange(self.groups, dtype=chosen.dtype), axis=1
+        )
+        groups = ops.where(allowed[:, :, None], groups, -np.inf)
+        return ops.reshape(groups, (-1, self.num_experts))
+
+    def balance(self, load, rate):
+        """Moves the selection bias against the load, by `rate` an expert.
+
+        `b += rate * sign(mean(load) - load)`: balancing without a loss
+        ([Wang et al., 2024](https://arxiv.org/abs/2408.15664), algorithm 1).
+
+        Args:
+            load: float tensor `[E]`, each expert's share of the choices.
+            rate: float.
+        """
+        step = rate * ops.sign(ops.mean(load) - load)
+        self.selection_bias.assign(self.selection_bias + step)
 
     def _score(self, logits):
         if self.scores == "softmax":
@@ -220,7 +290,30 @@ class TopKRouter(Router):
             "gates_from": self.gates_from,
             "jitter": self.jitter,
             "seed": self.seed,
+            "selection_bias": self.has_selection_bias,
+            "groups": self.groups,
+            "top_k_groups": self.top_k_groups,
+            "group_scores": self.group_scores,
+            "gate_scale": self.gate_scale,
         }
+
+
+def _check_groups(num_experts, top_k, groups, top_k_groups, group_scores):
+    checks.at_least("groups", groups, 1)
+    checks.at_least("top_k_groups", top_k_groups, 1)
+    checks.divides("num_experts", num_experts, "groups", groups)
+    size = num_experts // groups
+    if top_k_groups > groups or top_k > top_k_groups * size:
+        raise ValueError(
+            "`top_k_groups` must be at most `groups`, with `top_k` experts or more in "
+            f"them. Received: top_k_groups={top_k_groups}, groups={groups}, "
+            f"top_k={top_k}, num_experts={num_experts}"
+        )
+    if groups > top_k_groups and group_scores == "top_2" and size < 2:
+        raise ValueError(
+            '`group_scores="top_2"` needs groups of 2 experts or more. '
+            f"Received: groups={groups}, num_experts={num_experts}"
+        )
 
 
 def _normalize(scores):
