@@ -14,6 +14,7 @@ from keras_moe.layers import (
     DecoderBlock,
     FeedForward,
     GroupedQueryAttention,
+    LatentAttention,
     MixtureOfExperts,
 )
 from keras_moe.layers.decoder_block import normalization
@@ -57,12 +58,26 @@ class MoEBackbone(keras_hub.models.Backbone):
         router: see `MixtureOfExperts`, as for `scores`, `normalize_gates`,
             `gates_from`, `router_jitter`, `dispatch`, `capacity_factor`,
             `eval_capacity_factor`, `capacity`, `capacity_group`, `balance_loss`,
-            `z_loss` (both a layer, summed over layers) and `balance_choices`.
+            `z_loss` (both a layer, summed over layers), `balance_choices`,
+            `shared_expert_dim`, `shared_expert_gate`, `selection_bias`,
+            `bias_update_rate`, `expert_groups`, `top_k_groups`, `group_scores` and
+            `gate_scale`.
+        attention: `"grouped_query"`, or `"latent"` (see `LatentAttention`), which
+            needs `head_dim`, `key_value_rank`, `rope_head_dim` and
+            `value_head_dim`, and takes a `query_rank`.
+        attention_bias: see `GroupedQueryAttention`'s `bias`, as for
+            `query_key_norm`, `clip_query_key_value` (its `clip`),
+            `attention_soft_cap` (its `soft_cap`), `sliding_window` (its `window`)
+            and `rope_scaling`.
+        sliding_layers: None, or the indices of the layers that have the window.
+        output_norms: see `DecoderBlock`.
+        embedding_multiplier: float: embeddings are multiplied by it (Grok-1).
+        output_multiplier: float: logits are multiplied by it (Grok-1).
         positions: `"rotary"` or `"relative_bias"` (T5's, its own in each layer).
         rope_theta: float, base of the rotary wavelengths.
         relative_buckets: int, buckets of the relative bias.
         relative_max_distance: int, in tokens, the last bucket's start.
-        norm: `"rms"` or `"layer"`.
+        norm: `"rms"`, `"layer"` or `"layer_no_bias"`.
         norm_epsilon: float.
         tied_embeddings: bool, the output projection is the embedding transposed.
         dropout: float in `[0, 1)`, of both sublayers' outputs.
@@ -153,6 +168,29 @@ class MoEBackbone(keras_hub.models.Backbone):
         recompute=False,
         initializer_stddev=0.02,
         context_length=None,
+        shared_expert_dim=None,
+        shared_expert_gate=False,
+        selection_bias=False,
+        bias_update_rate=0.0,
+        expert_groups=1,
+        top_k_groups=1,
+        group_scores="top_2",
+        gate_scale=1.0,
+        attention="grouped_query",
+        query_rank=None,
+        key_value_rank=None,
+        rope_head_dim=None,
+        value_head_dim=None,
+        attention_bias=None,
+        query_key_norm=None,
+        clip_query_key_value=None,
+        attention_soft_cap=None,
+        sliding_window=None,
+        sliding_layers=None,
+        rope_scaling=None,
+        output_norms=False,
+        embedding_multiplier=1.0,
+        output_multiplier=1.0,
         dtype=None,
         **kwargs,
     ):
@@ -181,25 +219,49 @@ class MoEBackbone(keras_hub.models.Backbone):
                 **{name: settings[name] for name in _MIXTURE_SETTINGS},
             )
 
-        def block(index):
-            attention = GroupedQueryAttention(
-                num_query_heads,
-                num_key_value_heads,
-                head_dim,
-                positions=positions,
+        def attention_layer(index):
+            slides = sliding_layers is None or index in sliding_layers
+            common = dict(
                 rope_theta=rope_theta,
-                relative_buckets=relative_buckets,
-                relative_max_distance=relative_max_distance,
+                rope_scaling=rope_scaling,
+                bias=attention_bias,
+                soft_cap=attention_soft_cap,
+                window=sliding_window if slides else None,
                 dropout=dropout,
                 kernel_initializer=initializer,
                 dtype=dtype,
                 name="attention",
             )
+            if attention == "latent":
+                return LatentAttention(
+                    num_query_heads,
+                    head_dim,
+                    rope_head_dim,
+                    value_head_dim,
+                    key_value_rank,
+                    query_rank,
+                    **common,
+                )
+            return GroupedQueryAttention(
+                num_query_heads,
+                num_key_value_heads,
+                head_dim,
+                positions=positions,
+                relative_buckets=relative_buckets,
+                relative_max_distance=relative_max_distance,
+                query_key_norm=query_key_norm,
+                clip=clip_query_key_value,
+                norm_epsilon=norm_epsilon,
+                **common,
+            )
+
+        def block(index):
             return DecoderBlock(
-                attention,
+                attention_layer(index),
                 feed_forward(index),
                 norm=norm,
                 norm_epsilon=norm_epsilon,
+                output_norms=output_norms,
                 dropout=dropout,
                 recompute=recompute,
                 dtype=dtype,
@@ -223,7 +285,7 @@ class MoEBackbone(keras_hub.models.Backbone):
         # === Functional model ===
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
-        x = self.token_embedding(token_ids)
+        x = _scaled(self.token_embedding(token_ids), embedding_multiplier)
         for layer in self.transformer_layers:
             x = layer(x, padding_mask=padding_mask)
         super().__init__(
@@ -240,6 +302,15 @@ class MoEBackbone(keras_hub.models.Backbone):
     def __call__(self, inputs, *args, **kwargs):
         check_inputs(inputs, self.vocabulary_size, self.context_length)
         return super().__call__(inputs, *args, **kwargs)
+
+    def embed(self, token_ids):
+        """Token ids, int `[B, S]`, as the first block gets them, `[B, S, D]`."""
+        return _scaled(self.token_embedding(token_ids), self.embedding_multiplier)
+
+    def logits(self, hidden_states):
+        """The logits `[B, S, V]` of hidden states `[B, S, D]`."""
+        logits = self.token_embedding(hidden_states, reverse=True)
+        return _scaled(logits, self.output_multiplier)
 
     @property
     def mixtures(self):
@@ -260,7 +331,7 @@ class MoEBackbone(keras_hub.models.Backbone):
             `keras_moe.layers.routing_statistics` for what to make of them.
         """
         check_inputs(inputs, self.vocabulary_size, self.context_length)
-        x = self.token_embedding(keras.ops.convert_to_tensor(inputs["token_ids"]))
+        x = self.embed(keras.ops.convert_to_tensor(inputs["token_ids"]))
         mask = keras.ops.convert_to_tensor(inputs["padding_mask"])
         found = []
         for layer in self.transformer_layers:
@@ -333,7 +404,27 @@ _MIXTURE_SETTINGS = (
     "balance_loss",
     "z_loss",
     "balance_choices",
+    "shared_expert_dim",
+    "shared_expert_gate",
+    "selection_bias",
+    "bias_update_rate",
+    "expert_groups",
+    "top_k_groups",
+    "group_scores",
+    "gate_scale",
 )
+
+# What each kind of attention needs, and what only it knows.
+_LATENT_SETTINGS = ("key_value_rank", "rope_head_dim", "value_head_dim", "query_rank")
+_GROUPED_QUERY_SETTINGS = (
+    "num_key_value_heads",
+    "query_key_norm",
+    "clip_query_key_value",
+)
+
+
+def _scaled(x, multiplier):
+    return x if multiplier == 1.0 else x * multiplier
 
 
 def _is_mixture(settings, index):
@@ -356,6 +447,9 @@ def _check(settings, others):
     if settings["context_length"] is not None:
         checks.at_least("context_length", settings["context_length"], 1)
     checks.positive("initializer_stddev", settings["initializer_stddev"])
+    checks.positive("embedding_multiplier", settings["embedding_multiplier"])
+    checks.positive("output_multiplier", settings["output_multiplier"])
+    _check_attention(settings)
     if settings["moe_offset"] >= settings["moe_every"]:
         raise ValueError(
             "`moe_offset` must be below `moe_every` "
@@ -368,6 +462,33 @@ def _check(settings, others):
                 f"`{name}` is needed where there are "
                 f"{'mixture' if kind else 'dense'} layers. Received: {name}=None"
             )
+
+
+def _check_attention(settings):
+    checks.one_of("attention", settings["attention"], ("grouped_query", "latent"))
+    latent = settings["attention"] == "latent"
+    for name in _GROUPED_QUERY_SETTINGS if latent else _LATENT_SETTINGS:
+        if settings[name] is not None:
+            raise ValueError(
+                f"`{name}` must be None with `attention={settings['attention']!r}`. "
+                f"Received: {name}={settings[name]!r}"
+            )
+    if latent:
+        for name in ("head_dim", *_LATENT_SETTINGS[:-1]):
+            checks.at_least(name, settings[name], 1)
+        if settings["positions"] != "rotary":
+            raise ValueError(
+                '`positions` must be "rotary" with `attention="latent"`. '
+                f"Received: positions={settings['positions']!r}"
+            )
+    if settings["sliding_layers"] is not None:
+        if settings["sliding_window"] is None:
+            raise ValueError(
+                "`sliding_layers` needs a `sliding_window`. "
+                f"Received: sliding_layers={settings['sliding_layers']!r}"
+            )
+        for index in settings["sliding_layers"]:
+            checks.one_of("sliding_layers' entry", index, range(settings["num_layers"]))
 
 
 def check_inputs(inputs, vocabulary_size, context_length):

@@ -68,7 +68,7 @@ class MoECausalLM(keras_hub.models.CausalLM):
 
         # === Functional model ===
         inputs = backbone.input
-        outputs = backbone.token_embedding(backbone(inputs), reverse=True)
+        outputs = backbone.logits(backbone(inputs))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
 
     @classproperty
@@ -146,8 +146,8 @@ class MoECausalLM(keras_hub.models.CausalLM):
 
         Args:
             token_ids: int tensor `[B, T]`, the tokens to process.
-            cache: a pair of keys and values a layer, as `build_cache` makes it;
-                every leaf has the batch first.
+            cache: a tuple a layer, as `build_cache` makes it; every leaf has the
+                batch first.
             cache_update_index: int or scalar int tensor, the position of the
                 first of them.
             padding_mask: bool tensor `[B, T]` or None. Padding at the right,
@@ -156,7 +156,7 @@ class MoECausalLM(keras_hub.models.CausalLM):
         Returns:
             `(logits [B, T, V], hidden_states [B, T, D], cache)`.
         """
-        x = self.backbone.token_embedding(token_ids)
+        x = self.backbone.embed(token_ids)
         updated = []
         for layer, layer_cache in zip(
             self.backbone.transformer_layers, cache, strict=True
@@ -169,19 +169,14 @@ class MoECausalLM(keras_hub.models.CausalLM):
             )
             updated.append(layer_cache)
         hidden_states = self.backbone.layer_norm(x)
-        logits = self.backbone.token_embedding(hidden_states, reverse=True)
+        logits = self.backbone.logits(hidden_states)
         return logits, hidden_states, tuple(updated)
 
     def build_cache(self, batch_size, length):
-        """An empty cache: zeros, a pair `[batch_size, length, G, d]` a layer."""
-        attention = self.backbone.transformer_layers[0].attention
-        shape = (batch_size, length, attention.num_key_value_heads, attention.head_dim)
+        """An empty cache: zeros, a tuple a layer, as its attention has it."""
         return tuple(
-            (
-                ops.zeros(shape, dtype=self.compute_dtype),
-                ops.zeros(shape, dtype=self.compute_dtype),
-            )
-            for _ in self.backbone.transformer_layers
+            layer.attention.empty_cache(batch_size, length)
+            for layer in self.backbone.transformer_layers
         )
 
     def generate(self, inputs, max_length=None, stop_token_ids="auto", **kwargs):
@@ -308,11 +303,11 @@ class MoECausalLM(keras_hub.models.CausalLM):
         if padding_mask is None:
             padding_mask = ops.ones_like(token_ids, dtype="bool")
         intercept = layer_intercept_fn or (lambda x, index: x)
-        x = intercept(self.backbone.token_embedding(token_ids), -1)
+        x = intercept(self.backbone.embed(token_ids), -1)
         for index, layer in enumerate(self.backbone.transformer_layers):
             x = intercept(layer(x, padding_mask=padding_mask), index)
         x = self.backbone.layer_norm(x)
-        logits = self.backbone.token_embedding(x, reverse=True)
+        logits = self.backbone.logits(x)
         if scoring_mode == "logits":
             return logits
         return keras.losses.sparse_categorical_crossentropy(
