@@ -50,7 +50,9 @@ def one_of(name, value, choices):
 
 
 def activation(name, value):
-    """The Keras activation that `value` names or is."""
+    """The activation that `value` is, or names to Keras or to its registry."""
+    if isinstance(value, str):
+        value = keras.saving.get_registered_object(value) or value
     try:
         return keras.activations.get(value)
     except ValueError:

@@ -1,5 +1,6 @@
 """Keras layers of mixture-of-experts models, each usable alone."""
 
+from keras_moe.layers.activations import gelu_tanh
 from keras_moe.layers.attention import GroupedQueryAttention
 from keras_moe.layers.decoder_block import DecoderBlock
 from keras_moe.layers.experts import Experts
@@ -22,4 +23,5 @@ __all__ = [
     "Routing",
     "RoutingStatistics",
     "TopKRouter",
+    "gelu_tanh",
 ]

@@ -144,7 +144,8 @@ def rotations(positions, frequencies, dtype, scale=1.0):
     """
     if len(positions.shape) == 1:
         positions = positions[None]
-    angles = ops.cast(positions, "float32")[:, :, None, None] * frequencies
+    positions = ops.cast(positions, "float32")[:, :, None, None]
+    angles = ops.multiply(positions, frequencies)
     angles = ops.concatenate([angles, angles], axis=-1)
     cosines, sines = ops.cos(angles), ops.sin(angles)
     if scale != 1.0:

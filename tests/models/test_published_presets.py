@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 
+from keras_moe.layers import gelu_tanh
 from keras_moe.models import MoEBackbone, MoECausalLM, presets
 from keras_moe.models.moe_backbone import SETTINGS
 
@@ -30,6 +31,10 @@ COUNTED = {
     "glam_1.7b_256e": (104.158, 1.884),
     "glam_8b_64e": (142.943, 9.799),
     "glam_64b_64e": (1161.755, 96.603),
+    "qwen1.5_moe_a2.7b": (14.316, 2.689),
+    "dbrx_132b": (131.597, 36.47),
+    "grok_1": (315.7, 83.8),
+    "deepseek_v3": (671.0, 37.55),  # arXiv:2412.19437 says 671 and 37
 }
 NAMES = sorted(COUNTED)
 
@@ -52,6 +57,19 @@ SMALL = {
     "top_k": 2,
     "expert_dim": 12,
 }
+SMALL_IF_SET = {
+    "num_key_value_heads": 2,
+    "dense_dim": 20,
+    "dense_first_layers": 1,
+    "moe_every": 2,
+    "shared_expert_dim": 24,
+    "query_rank": 6,
+    "key_value_rank": 10,
+    "rope_head_dim": 4,
+    "value_head_dim": 5,
+    "expert_groups": 3,
+    "top_k_groups": 2,
+}
 
 
 def settings(name):
@@ -61,10 +79,8 @@ def settings(name):
 def small_settings(name):
     """What to override, by name, in a preset to make it small."""
     small = dict(SMALL)
-    if "num_key_value_heads" in settings(name):
-        small["num_key_value_heads"] = 2
-    if "dense_dim" in settings(name):
-        small["dense_dim"] = 20
+    for setting in SMALL_IF_SET.keys() & settings(name).keys():
+        small[setting] = SMALL_IF_SET[setting]
     if "moe_every" in settings(name):
         small["num_layers"] = 4
     return small
@@ -82,24 +98,35 @@ def is_mixture(config, index):
 
 
 def count(config):
-    """`(total, active)` parameters, from the papers' formulas; RMS norms."""
+    """`(total, active)` parameters, from the papers' formulas; no norm has a bias."""
     V, L, D = (config[k] for k in ("vocabulary_size", "num_layers", "hidden_dim"))
     H, d = config["num_query_heads"], config["head_dim"]
     G = config.get("num_key_value_heads", H)
     E, K = config["num_experts"], config["top_k"]
     S = config.get("num_shared_experts", 0)
-    assert config.get("norm", "rms") == "rms"
+    assert config.get("norm", "rms") in ("rms", "layer_no_bias")
 
     attention = H * D * d + 2 * G * D * d + H * d * D  # queries, keys, values, output
+    if config.get("attention_bias") == "query_key_value":
+        attention += (H + 2 * G) * d
+    if config.get("attention") == "latent":
+        Q, R = config["query_rank"], config["key_value_rank"]
+        r, v = config["rope_head_dim"], config["value_head_dim"]
+        attention = D * Q + Q + Q * H * (d + r)  # queries: down, norm, up
+        attention += D * (R + r) + R + R * H * (d + v) + H * v * D
     if config.get("positions") == "relative_bias":
         attention += 32 * H  # a bias a bucket and head
     expert_matrices = 3 if config.get("expert_gated", True) else 2
     expert = expert_matrices * D * config["expert_dim"]
     total = active = 0
     for index in range(L):
-        shared = attention + 2 * D  # and two norms
+        shared = attention + (4 if config.get("output_norms") else 2) * D  # and norms
         if is_mixture(config, index):
-            shared += D * E + S * expert  # the router
+            shared += D * E  # the router
+            shared += E if config.get("selection_bias") else 0
+            wide = 3 * D * config.get("shared_expert_dim", 0)
+            shared += wide or S * expert
+            shared += D if config.get("shared_expert_gate") else 0
             total += E * expert
             active += K * expert
         else:
@@ -134,7 +161,8 @@ def test_folder(name):
         "published",
         "notes",
     ]
-    assert name.startswith(described["family"] + "_")
+    if described["family"] != "qwen_moe":  # qwen1.5_moe_...
+        assert f"{name}_".startswith(described["family"] + "_")
     assert (described["licence"] is None) == (described["checkpoint"] is None)
     card = (folder / "README.md").read_text()
     assert card.startswith(f"# {name}\n")
@@ -174,7 +202,7 @@ def test_small_model(name):
     family = presets.describe(name)["family"]
     if family == "glam":
         assert pattern == [False, True, False, True]
-    elif name in ("deepseek_moe_16b", "deepseek_moe_145b"):
+    elif name in ("deepseek_moe_16b", "deepseek_moe_145b", "deepseek_v3"):
         assert pattern == [False, True]
     else:
         assert pattern == [True, True]
@@ -198,16 +226,18 @@ def test_small_model_keeps_its_family(name):
     family = presets.describe(name)["family"]
 
     # Gates sum to one where they are normalised over the choices, to less else.
-    if family == "deepseek_moe":
+    if family in ("deepseek_moe", "qwen_moe", "grok"):
         assert (gates.sum(-1) < 0.999).all()
+    elif family == "deepseek_v3":
+        np.testing.assert_allclose(gates.sum(-1), 2.5, rtol=1e-5)
     else:
         np.testing.assert_allclose(gates.sum(-1), 1.0, rtol=1e-5)
     assert mixture.dispatch == "dropless"
     assert mixture.experts.gated == (family != "glam")
-    activation = keras.activations.gelu if family == "glam" else keras.activations.silu
-    assert mixture.experts.activation is activation
-    assert attention.positions == ("relative_bias" if family == "glam" else "rotary")
-    assert backbone.token_embedding.tie_weights == (family == "glam")
+    activation = {"glam": keras.activations.gelu, "grok": gelu_tanh}
+    assert mixture.experts.activation is activation.get(family, keras.activations.silu)
+    assert hasattr(attention, "relative_bias") == (family == "glam")
+    assert backbone.token_embedding.tie_weights == (family in ("glam", "grok"))
     dense = [b for b in backbone.transformer_layers if not b.is_mixture]
     assert all(block.feed_forward.gated for block in dense)
     expected = {
@@ -216,6 +246,10 @@ def test_small_model_keeps_its_family(name):
         "deepseek_moe_2b": (1, 0.01, 2048),
         "deepseek_moe_16b": (2, 0.001, 4096),
         "deepseek_moe_145b": (4, 0.003, 4096),
+        "qwen1.5_moe_a2.7b": (1, 0.0, 8192),
+        "dbrx_132b": (0, 0.0, 32768),
+        "grok_1": (0, 0.0, 8192),
+        "deepseek_v3": (1, 0.0001, 163840),
     }.get(name, (0, 0.01, 1024))
     found = (mixture.num_shared_experts, mixture.balance_loss, backbone.context_length)
     assert found == expected
