@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_moe.layers import GroupedQueryAttention
+from keras_moe.layers import GroupedQueryAttention, LatentAttention
 from tests.execution import numpy as to_numpy
 from tests.references import attention as reference
 
@@ -25,8 +25,13 @@ def make(num_query_heads, num_key_value_heads=None, dim=8, seed=0, **settings):
 
 
 def named(layer):
-    """Weights by the names of their sublayers, float64."""
-    return {v.path.split("/")[-2]: to_numpy(v.value) for v in layer.trainable_variables}
+    """Weights by the names of their sublayers, float64; biases `..._bias`."""
+    weights = {}
+    for variable in layer.trainable_variables:
+        *_, sublayer, name = variable.path.split("/")
+        suffix = "_bias" if name == "bias" else ""
+        weights[sublayer + suffix] = to_numpy(variable.value)
+    return weights
 
 
 def relative_bias(embeddings, length, max_distance):
@@ -57,6 +62,11 @@ def bucket(distance, buckets, max_distance):
 def expected(layer, sequence):
     """The layer's output for one sequence `[T, D]` without padding."""
     weights = named(layer)
+    sequence = np.asarray(sequence, "float64")
+    if isinstance(layer, LatentAttention):
+        sizes = layer.head_dim, layer.key_value_rank
+        return reference.latent_attention(sequence, weights, *sizes, layer.rope_theta)
+    names = ("query", "key", "value", "output_dense")
     theta, bias = layer.rope_theta, None
     if layer.positions == "relative_bias":
         theta = None
@@ -64,8 +74,14 @@ def expected(layer, sequence):
             weights["relative_bias"], len(sequence), layer.relative_max_distance
         )
     return reference.attention(
-        np.asarray(sequence, "float64"),
-        *(weights[n] for n in ("query", "key", "value", "output_dense")),
+        sequence,
+        *(weights[n] for n in names),
         theta=theta,
         bias=bias,
+        offsets=[weights.get(f"{n}_bias", 0) for n in names],
+        scales=layer.query_key_norm and (weights["query_norm"], weights["key_norm"]),
+        clip=layer.clip or np.inf,
+        soft_cap=layer.soft_cap,
+        window=layer.window,
+        epsilon=layer.norm_epsilon,
     )

@@ -35,6 +35,32 @@ HEADS = {
     "biased_grouped": dict(
         num_query_heads=4, num_key_value_heads=2, positions="relative_bias"
     ),
+    "projections_biased": dict(
+        num_query_heads=4, num_key_value_heads=2, bias="query_key_value"
+    ),
+    "all_biased": dict(num_query_heads=2, bias="all"),
+    "heads_normed": dict(
+        num_query_heads=4,
+        num_key_value_heads=2,
+        query_key_norm="head",
+        norm_epsilon=0.1,
+    ),
+    "all_heads_normed": dict(
+        num_query_heads=4, num_key_value_heads=2, query_key_norm="full"
+    ),
+    "normed_and_clipped": dict(num_query_heads=2, query_key_norm="full", clip=0.5),
+    "clipped": dict(num_query_heads=2, clip=0.3),
+    "capped": dict(num_query_heads=4, num_key_value_heads=2, soft_cap=0.5),
+    "capped_and_biased": dict(
+        num_query_heads=3,
+        num_key_value_heads=1,
+        head_dim=5,
+        positions="relative_bias",
+        soft_cap=0.7,
+    ),
+    "window": dict(num_query_heads=4, num_key_value_heads=2, window=3),
+    "window_of_one": dict(num_query_heads=2, window=1),
+    "capped_window": dict(num_query_heads=2, window=2, soft_cap=1.0),
 }
 LENGTH, DIM = 7, 8
 
@@ -116,7 +142,7 @@ def test_a_token_sees_none_after_it(name):
 
 @pytest.mark.parametrize("dtype", ["bool", "int32"])
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("name", ["grouped", "biased"])
+@pytest.mark.parametrize("name", ["grouped", "biased", "capped_window"])
 def test_padding_changes_nothing(name, side, dtype):
     layer, x = make(**HEADS[name]), inputs()
     mask = np.ones((2, LENGTH), bool)

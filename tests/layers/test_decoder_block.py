@@ -38,26 +38,33 @@ def make(kind="mixture", seed=0, attention=None, feed_forward=None, **settings):
 
 def norm_of(layer, x):
     weights = [to_numpy(v.value) for v in layer.trainable_variables]
-    equation = rms_norm if len(weights) == 1 else layer_norm
-    return equation(x, *weights, layer.epsilon)
+    if isinstance(layer, keras.layers.RMSNormalization):
+        return rms_norm(x, *weights, layer.epsilon)
+    return layer_norm(x, weights[0], sum(weights[1:]), layer.epsilon)
 
 
 def expected(block, sequence):
     """The block's output for one sequence `[T, D]`, in float64."""
     x = np.asarray(sequence, "float64")
-    x = x + attentions.expected(block.attention, norm_of(block.attention_norm, x))
+    y = attentions.expected(block.attention, norm_of(block.attention_norm, x))
+    x = x + (norm_of(block.attention_output_norm, y) if block.output_norms else y)
     normed = norm_of(block.feed_forward_norm, x)
     weights = [to_numpy(v.value) for v in block.feed_forward.trainable_variables]
     if block.is_mixture:
-        return x + reference_of(block.feed_forward)(normed, *weights)
-    named = attentions.named(block.feed_forward)
-    return x + feed_forward(normed, named["up"], named["down"], named["gate"])
+        y = reference_of(block.feed_forward)(normed, *weights)
+    else:
+        named = attentions.named(block.feed_forward)
+        y = feed_forward(normed, named["up"], named["down"], named["gate"])
+    return x + (norm_of(block.feed_forward_output_norm, y) if block.output_norms else y)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("norm, epsilon", [("rms", 1e-6), ("layer", 0.1)])
-def test_equals_its_parts(kind, norm, epsilon):
-    block, x = make(kind, norm=norm, norm_epsilon=epsilon)
+@pytest.mark.parametrize(
+    "norm, epsilon", [("rms", 1e-6), ("layer", 0.1), ("layer_no_bias", 1e-5)]
+)
+@pytest.mark.parametrize("output_norms", [False, True], ids=["", "output_norms"])
+def test_equals_its_parts(kind, norm, epsilon, output_norms):
+    block, x = make(kind, norm=norm, norm_epsilon=epsilon, output_norms=output_norms)
     assert block.is_mixture == (kind == "mixture")
     y = to_numpy(block(x))
     for got, sequence in zip(y, x, strict=True):

@@ -22,7 +22,7 @@ from tests.execution import (
     with_gradients,
 )
 from tests.execution import numpy as to_numpy
-from tests.layers.mixtures import DIM, EXPERTS, make, reference_of, weights_of
+from tests.layers.mixtures import DIM, EXPERTS, HIDDEN, make, reference_of, weights_of
 from tests.references import mixture as reference
 
 SHAPE = (2, 6, DIM)
@@ -619,3 +619,85 @@ class MixtureCell(keras.layers.Layer):
             inputs + states[0], training=training, return_statistics=True
         )
         return y, [y]
+
+
+class TestGatedSharedExpert:
+    def make(self):
+        layer = MixtureOfExperts(
+            EXPERTS,
+            HIDDEN,
+            num_shared_experts=1,
+            shared_expert_dim=7,
+            shared_expert_gate=True,
+        )
+        layer.build((2, 6, DIM))
+        rng = np.random.default_rng(0)
+        for variable in layer.trainable_variables:
+            variable.assign(rng.normal(size=variable.shape))
+        return layer, rng.normal(size=(2, 6, DIM)).astype("float32")
+
+    def test_equals_the_equation(self):
+        layer, x = self.make()
+        weights = {
+            "/".join(v.path.split("/")[-2:]): to_numpy(v.value) for v in layer.weights
+        }
+        up, gate, down = (weights[f"{n}/kernel"] for n in ("up", "gate", "down"))
+        assert up.shape == (DIM, 7)
+        shared = reference.feed_forward(x, up, down, gate)
+        weight = reference.sigmoid(x @ weights["shared_expert_gate/kernel"])
+        routed = layer(x) - layer.shared_expert_gate(x) * layer.shared_experts(x)
+        y = to_numpy(layer(x))
+        np.testing.assert_allclose(y, to_numpy(routed) + weight * shared, atol=1e-5)
+        # The routed part is that of the same mixture without a shared expert.
+        alone = MixtureOfExperts(EXPERTS, HIDDEN)
+        alone.build((2, 6, DIM))
+        alone.router.set_weights(layer.router.get_weights())
+        alone.experts.set_weights(layer.experts.get_weights())
+        np.testing.assert_allclose(to_numpy(alone(x)), to_numpy(routed), atol=1e-5)
+
+    def test_saved_and_loaded(self):
+        layer, x = self.make()
+        again = MixtureOfExperts.from_config(layer.get_config())
+        again.build((2, 6, DIM))
+        again.set_weights(layer.get_weights())
+        np.testing.assert_allclose(to_numpy(again(x)), to_numpy(layer(x)), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "setting", [dict(shared_expert_dim=4), dict(shared_expert_gate=True)], ids=str
+    )
+    def test_without_a_shared_expert(self, setting):
+        with pytest.raises(ValueError, match="need shared experts"):
+            MixtureOfExperts(EXPERTS, HIDDEN, **setting)
+
+
+class TestBalancingWithoutALoss:
+    def test_training_moves_the_bias_and_evens_the_load(self):
+        layer = MixtureOfExperts(
+            EXPERTS,
+            HIDDEN,
+            top_k=1,
+            scores="sigmoid",
+            selection_bias=True,
+            bias_update_rate=0.05,
+        )
+        inputs = keras.Input((6, DIM))
+        model = keras.Model(inputs, layer(inputs))
+        # One expert is liked by all: without a bias it takes every token.
+        kernel = np.full((DIM, EXPERTS), -1.0)
+        kernel[:, 2] = 1.0
+        layer.router.kernel.assign(kernel)
+        x = np.random.default_rng(0).uniform(0.5, 1.0, (8, 6, DIM)).astype("float32")
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        model.fit(x, x, verbose=0)
+        np.testing.assert_allclose(to_numpy(layer.expert_load.value), [0, 0, 1, 0, 0])
+        np.testing.assert_allclose(
+            to_numpy(layer.router.selection_bias.value),
+            [0.05, 0.05, -0.05, 0.05, 0.05],
+            atol=1e-6,
+        )
+        model.fit(x, x, epochs=12, verbose=0)
+        assert to_numpy(layer.expert_load.value)[2] < 1
+
+    def test_needs_a_bias(self):
+        with pytest.raises(ValueError, match="`bias_update_rate` needs.*0.1"):
+            MixtureOfExperts(EXPERTS, HIDDEN, bias_update_rate=0.1)

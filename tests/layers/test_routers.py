@@ -4,7 +4,13 @@ import pytest
 from keras import ops
 
 from keras_moe.layers import Router, Routing, TopKRouter
-from tests.execution import MODES, as_function, numerical_gradients, with_gradients
+from tests.execution import (
+    MODES,
+    as_function,
+    in_mode,
+    numerical_gradients,
+    with_gradients,
+)
 from tests.execution import numpy as to_numpy
 from tests.references import mixture as reference
 
@@ -28,11 +34,11 @@ SETTINGS = [
 ]
 
 
-def make(**settings):
+def make(experts=EXPERTS, **settings):
     rng = np.random.default_rng(0)
-    router = TopKRouter(EXPERTS, **settings)
+    router = TopKRouter(experts, **settings)
     router.build((None, DIM))
-    kernel = rng.normal(size=(DIM, EXPERTS)).astype("float32")
+    kernel = rng.normal(size=(DIM, experts)).astype("float32")
     router.kernel.assign(kernel)
     return router, rng.normal(size=(TOKENS, DIM)).astype("float32"), kernel
 
@@ -66,6 +72,63 @@ def test_equals_the_papers(settings, masked):
     router, x, kernel = make(**settings)
     mask = np.arange(TOKENS) % 3 != 1 if masked else None
     check(router(x, mask=mask), expected_of(x, kernel, settings, mask))
+
+
+GROUPED = {
+    "deepseek_v2": dict(
+        top_k=3,
+        groups=4,
+        top_k_groups=2,
+        group_scores="max",
+        normalize_gates=False,
+        gate_scale=16.0,
+    ),
+    "deepseek_v3": dict(
+        top_k=4,
+        scores="sigmoid",
+        groups=4,
+        top_k_groups=2,
+        gate_scale=2.5,
+        selection_bias=True,
+    ),
+    "bias_alone": dict(top_k=2, scores="sigmoid", selection_bias=True),
+    "biased_softmax": dict(top_k=2, selection_bias=True, normalize_gates=False),
+    "one_group": dict(top_k=3, groups=2, top_k_groups=1),
+}
+
+
+@pytest.mark.parametrize("settings", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize("mode", MODES)
+def test_choice_within_groups_and_by_a_bias(settings, mode):
+    router, x, kernel = make(experts=12, **settings)
+    bias = None
+    if router.has_selection_bias:
+        bias = np.random.default_rng(3).normal(size=12).astype("float32")
+        router.selection_bias.assign(bias)
+    expected = reference.route(
+        x,
+        kernel,
+        settings["top_k"],
+        settings.get("scores", "softmax"),
+        settings.get("normalize_gates"),
+        bias=bias,
+        groups=settings.get("groups", 1),
+        top_k_groups=settings.get("top_k_groups", 1),
+        group_scores=settings.get("group_scores", "top_2"),
+        scale=settings.get("gate_scale", 1.0),
+    )
+    plain = reference.route(x, kernel, settings["top_k"])
+    assert (expected.ids != plain.ids).any()  # the settings matter here
+    check(in_mode(router, mode)(ops.convert_to_tensor(x)), expected, atol=1e-5)
+
+
+def test_a_bias_moves_against_the_load():
+    router, *_ = make(top_k=2, selection_bias=True)
+    router.balance(ops.array([0.4, 0.1, 0.2, 0.2, 0.1]), rate=0.01)
+    np.testing.assert_allclose(
+        to_numpy(router.selection_bias.value), [-0.01, 0.01, 0, 0, 0.01], atol=1e-7
+    )
+    assert not router.selection_bias.trainable
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -19,6 +19,15 @@ SETTINGS = {
     "initializer_stddev": 0.2,  # so that routing and attention matter
 }
 
+LATENT = {
+    "attention": "latent",
+    "num_key_value_heads": None,
+    "head_dim": 6,
+    "rope_head_dim": 4,
+    "value_head_dim": 5,
+    "key_value_rank": 7,
+}
+
 
 def small_backbone(**overrides):
     """A `MoEBackbone` of `SETTINGS`: a dense layer, then a mixture."""

@@ -8,6 +8,7 @@ from keras import ops
 from keras_moe.layers import MixtureOfExperts
 from keras_moe.models import MoEBackbone
 from tests.models.small_models import (
+    LATENT,
     SETTINGS,
     full,
     padded,
@@ -62,6 +63,16 @@ def test_layer_pattern(pattern, expected):
         ({"dropout": 1.0}, "dropout"),
         ({"initializer_stddev": 0.0}, "initializer_stddev"),
         ({"num_expert": 4}, "'num_expert'"),
+        ({"attention": "linear"}, "`attention`.*'linear'"),
+        ({"key_value_rank": 4}, "`key_value_rank` must be None.*4"),
+        ({"attention": "latent"}, "`num_key_value_heads` must be None.*2"),
+        ({**LATENT, "value_head_dim": None}, "`value_head_dim`.*None"),
+        ({**LATENT, "positions": "relative_bias"}, "`positions`.*relative_bias"),
+        ({"sliding_layers": [0]}, "`sliding_layers` needs a `sliding_window`"),
+        ({"sliding_window": 4, "sliding_layers": [2]}, "sliding_layers.*2"),
+        ({"embedding_multiplier": 0}, "embedding_multiplier"),
+        ({"rope_scaling": {"type": "magic"}}, "rope_scaling.*'magic'"),
+        ({"expert_groups": 3}, "`num_experts` must be a multiple of `groups`"),
     ],
 )
 def test_bad_settings_are_named(override, named):
@@ -91,6 +102,23 @@ def test_no_token_sees_a_later_one(positions):
     before, after = (ops.convert_to_numpy(backbone(full(i)))[0] for i in (ids, changed))
     np.testing.assert_allclose(after[:6], before[:6], atol=1e-6)
     assert np.abs(after[6:] - before[6:]).max() > 1e-2
+
+
+def test_multipliers_of_embeddings_and_logits():
+    """Equal to the same model with the matrices multiplied, where these are apart."""
+    factors = {"embedding_multiplier": 4.0, "output_multiplier": 0.5}
+    plain, scaled = small_causal_lm(), small_causal_lm(**factors)
+    scaled.set_weights(plain.get_weights())
+    embedding = plain.backbone.token_embedding
+    embedding.embeddings.assign(embedding.embeddings * 4.0)
+    embedding.reverse_embeddings.assign(embedding.reverse_embeddings * 0.5)
+    inputs = full(random_ids(2, 7))
+    expected = ops.convert_to_numpy(plain(inputs))
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(scaled(inputs)), expected, atol=1e-5
+    )
+    scored = scaled.score(inputs["token_ids"])
+    np.testing.assert_allclose(ops.convert_to_numpy(scored), expected, atol=1e-5)
 
 
 def test_equals_transformers_mixtral():

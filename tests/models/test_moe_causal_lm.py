@@ -11,6 +11,7 @@ from keras_moe.models import (
     MoETokenizer,
 )
 from tests.models.small_models import (
+    LATENT,
     SETTINGS,
     full,
     padded,
@@ -32,7 +33,11 @@ def _generate(causal_lm, length=10, stop_token_ids=None):
     [
         {"positions": "rotary"},
         {"positions": "relative_bias", "tied_embeddings": True, "head_dim": 6},
+        {"sliding_window": 3, "sliding_layers": [1], "query_key_norm": "full"},
+        {"attention_soft_cap": 0.5, "output_norms": True, "output_multiplier": 3.0},
+        {**LATENT, "query_rank": 8},
     ],
+    ids=["rotary", "relative_bias", "window", "capped", "latent"],
 )
 def test_cached_generation_equals_uncached(overrides):
     causal_lm = small_causal_lm(**overrides)

@@ -46,9 +46,20 @@ class Routing(NamedTuple):
 
 
 def route(
-    x, kernel, top_k, scores="softmax", normalize=None, gates_from="all", mask=None
+    x,
+    kernel,
+    top_k,
+    scores="softmax",
+    normalize=None,
+    gates_from="all",
+    mask=None,
+    bias=None,
+    groups=1,
+    top_k_groups=1,
+    group_scores="top_2",
+    scale=1.0,
 ):
-    """Switch eq. 1-2, GShard alg. 1, Mixtral 2.1, DeepSeekMoE 9-11, V3 13-15."""
+    """Switch eq. 1-2, GShard alg. 1, Mixtral 2.1, DeepSeekMoE 9-11, V3 13-16."""
     x, kernel = np.asarray(x, "float64"), np.asarray(kernel, "float64")
     (tokens, _), experts = x.shape, kernel.shape[1]
     score = softmax if scores == "softmax" else sigmoid
@@ -60,13 +71,23 @@ def route(
     for t in range(tokens):
         if mask is not None and not mask[t]:
             continue
-        best = sorted(range(experts), key=lambda e: (-logits[t, e], e))[:top_k]
+        preference = score(logits[t]) if bias is not None else logits[t]
+        preference = preference + (0 if bias is None else bias)
+        in_groups = score(logits[t]) + (0 if bias is None else bias)
+        members = np.split(np.arange(experts), groups)
+        best = {
+            g: sum(sorted(in_groups[m])[-1 if group_scores == "max" else -2 :])
+            for g, m in enumerate(members)
+        }
+        kept = sorted(best, key=lambda g: (-best[g], g))[:top_k_groups]
+        allowed = [e for g in kept for e in members[g]]
+        best = sorted(allowed, key=lambda e: (-preference[e], e))[:top_k]
         if gates_from == "top_k":
             chosen = score(logits[t, best])
         else:
             chosen = score(logits[t])[best]
         ids[t] = best
-        gates[t] = chosen / chosen.sum() if normalize else chosen
+        gates[t] = scale * (chosen / chosen.sum() if normalize else chosen)
     return Routing(ids, gates, score(logits), logits)
 
 
