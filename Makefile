@@ -60,17 +60,21 @@ demo: .venv/$(DEMO)/.installed
 
 test: $(TESTS)
 
-# On the CPU, with two threads, whatever the machine has.
+# On the CPU, two processes of a thread each, whatever the machine has. XLA spends most
+# of the time compiling programs that run once, so it is told to optimise little.
 $(BACKENDS:%=test-%): export CUDA_VISIBLE_DEVICES := -1
 $(BACKENDS:%=test-%): export JAX_PLATFORMS := cpu
 $(BACKENDS:%=test-%): export KERAS_TORCH_DEVICE := cpu
 $(BACKENDS:%=test-%): export MPLBACKEND := agg
-$(BACKENDS:%=test-%): export OMP_NUM_THREADS := 2
-$(BACKENDS:%=test-%): export PJRT_NPROC := 2
-$(BACKENDS:%=test-%): export TF_NUM_INTRAOP_THREADS := 2
-$(BACKENDS:%=test-%): export TF_NUM_INTEROP_THREADS := 2
+$(BACKENDS:%=test-%): export OMP_NUM_THREADS := 1
+$(BACKENDS:%=test-%): export PJRT_NPROC := 1
+$(BACKENDS:%=test-%): export TF_NUM_INTRAOP_THREADS := 1
+$(BACKENDS:%=test-%): export TF_NUM_INTEROP_THREADS := 1
+$(BACKENDS:%=test-%): export XLA_FLAGS := --xla_backend_optimization_level=1 \
+	--xla_llvm_disable_expensive_passes=true
 $(BACKENDS:%=test-%): test-%: .venv/test/.installed
-	KERAS_BACKEND=$* .venv/test/bin/python -m pytest tests $(PYTEST_ARGS)
+	KERAS_BACKEND=$* .venv/test/bin/python -m pytest tests -n 2 --dist loadfile \
+		$(PYTEST_ARGS)
 	@set -e; for guide in $(GUIDES); do \
 		echo "KERAS_BACKEND=$* $$guide --fast"; \
 		KERAS_BACKEND=$* .venv/test/bin/python $$guide --fast; \
