@@ -40,6 +40,36 @@ def descriptions():
     return {name: describe(name) for name in names()}
 
 
+def settings(folder):
+    """The settings of the backbone in a folder: a dict.
+
+    Raises:
+        ValueError: for broken JSON, and for one of another class.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    return settings_of(_read_json(path), path)
+
+
+def settings_of(content, source):
+    """The settings in what Keras writes of a `MoEBackbone`: a dict.
+
+    Args:
+        content: dict, as `config.json` holds it.
+        source: what it came from, for the error.
+
+    Raises:
+        ValueError: if it describes something else.
+    """
+    name, config = content.get("class_name"), content.get("config")
+    if name != "MoEBackbone" or not isinstance(config, dict):
+        raise ValueError(
+            f"{str(source)!r} must describe a `MoEBackbone`, as `save_to_preset` "
+            f"writes it. Received: class_name={name!r} and "
+            f"{'no ' if config is None else ''}config"
+        )
+    return config
+
+
 def has_weights(folder):
     """Whether a local folder holds weights."""
     return any((pathlib.Path(folder) / f).exists() for f in (WEIGHTS, SHARDED_WEIGHTS))

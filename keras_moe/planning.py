@@ -1,0 +1,735 @@
+"""What a model takes: parameters, operations and bytes, from its settings alone.
+
+B  batch                S  sequence length      D  `hidden_dim`
+V  vocabulary           H  query heads          G  key-value heads
+d  head size            E  experts              K  choices a token
+F  hidden width of a feed-forward network or an expert
+R  rank of the compressed keys and values of latent attention (r: of the queries)
+n  `head_dim` with latent attention, the features of a head without positions
+p  `rope_head_dim`, those with positions        v  `value_head_dim`
+
+Settings give the shape of every weight, and all figures follow from the shapes.
+Nothing is allocated and no backend is asked.
+"""
+
+import dataclasses
+import inspect
+import math
+from typing import NamedTuple
+
+from keras_moe import checks
+from keras_moe.models import moe_backbone, presets
+
+# Bytes of a weight and of an activation.
+_DTYPES = {
+    "float64": (8, 8),
+    "float32": (4, 4),
+    "bfloat16": (2, 2),
+    "float16": (2, 2),
+    "mixed_bfloat16": (4, 2),
+    "mixed_float16": (4, 2),
+}
+_FLOAT32 = 4  # bytes: what a router computes in, whatever the dtype
+
+# How many copies of a weight's shape a Keras optimizer keeps, in the weight's dtype.
+# Adafactor keeps one, and its factors besides.
+_SLOTS = {
+    "sgd": 0,
+    "sgd_momentum": 1,
+    "adam": 2,
+    "adamw": 2,
+    "lion": 1,
+    "adafactor": 1,
+}
+
+# Settings that a configuration may lack, beside those of `MoEBackbone`'s signature.
+_DEFAULTS = {
+    "attention": "grouped_query",
+    "query_rank": None,
+    "key_value_rank": None,
+    "rope_head_dim": None,
+    "value_head_dim": None,
+    "attention_bias": None,
+    "query_key_norm": None,
+    "clip_query_key_value": None,
+    "attention_soft_cap": None,
+    "sliding_window": None,
+    "sliding_layers": None,
+    "rope_scaling": None,
+    "shared_expert_gate": False,
+    "shared_expert_dim": None,
+    "selection_bias": False,
+    "bias_update_rate": 0.0,
+    "expert_groups": 1,
+    "top_k_groups": 1,
+    "group_scores": "top_2",
+    "gate_scale": 1.0,
+    "output_norms": False,
+    "embedding_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+_NORMS = {"rms": 1, "layer": 2, "layer_no_bias": 1}  # vectors [D] of each
+
+
+class Part(NamedTuple):
+    """The parameters of one part of a model.
+
+    Attributes:
+        name: str: `"embeddings"`, `"attention"`, `"norms"`, `"dense"` (feed-forward
+            blocks), `"routers"`, `"experts"` or `"shared experts"`.
+        total: int, all of them.
+        active: int, those that one token uses.
+    """
+
+    name: str
+    total: int
+    active: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a model takes in training and in serving; `print` shows a table.
+
+    Attributes:
+        name: str, the preset's.
+        batch_size: int, B, sequences.
+        sequence_length: int, S, tokens.
+        dtype: str.
+        optimizer: str.
+        parts: tuple of `Part`: the parameters of each part that the model has.
+        total_parameters: int.
+        active_parameters: int: those that one token uses: attention, norms, router,
+            its `top_k` experts, shared experts, dense feed-forward blocks, and the
+            embeddings, of input and output, whole.
+        flops_per_token: int, floating-point operations of the forward pass, output
+            logits included, two for each multiplication of a matrix product. Scores
+            count every key of the sequence for each query, as they are computed and
+            then masked. Lookups and element-wise work are left out. Training takes
+            three times as many, and a further forward pass with `recompute=True`.
+        weight_bytes: int.
+        gradient_bytes: int, of all weights that the gradient trains, in their dtype.
+        optimizer_bytes: int, the optimizer's variables but for a few scalars.
+        cache_bytes: int, keys and values of `B S` tokens, in the dtype of the
+            activations: `2 G d` a token and layer, with latent attention `R + p`.
+            A sliding window does not shrink it: all tokens are kept.
+        activation_bytes: int, what a training step keeps for the gradient at its
+            peak, after the forward pass; see `plan`.
+        score_bytes: int, those of them that are scores of attention, which a fused
+            kernel does not keep.
+    """
+
+    name: str
+    batch_size: int
+    sequence_length: int
+    dtype: str
+    optimizer: str
+    parts: tuple
+    total_parameters: int
+    active_parameters: int
+    flops_per_token: int
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    cache_bytes: int
+    activation_bytes: int
+    score_bytes: int
+
+    @property
+    def training_bytes(self):
+        """Weights, gradients, the optimizer's variables and activations, an int."""
+        return (
+            self.weight_bytes
+            + self.gradient_bytes
+            + self.optimizer_bytes
+            + self.activation_bytes
+        )
+
+    @property
+    def serving_bytes(self):
+        """Weights and cache, an int; the layer being computed comes on top."""
+        return self.weight_bytes + self.cache_bytes
+
+    def to_dict(self):
+        """All figures as a dict that JSON can hold, by name."""
+        return {
+            **dataclasses.asdict(self),
+            "parts": {
+                part.name: {"total": part.total, "active": part.active}
+                for part in self.parts
+            },
+            "training_bytes": self.training_bytes,
+            "serving_bytes": self.serving_bytes,
+        }
+
+    def __str__(self):
+        total = Part("total", self.total_parameters, self.active_parameters)
+        parameters = [
+            (part.name, count_text(part.total), count_text(part.active))
+            for part in (*self.parts, total)
+        ]
+        memory = [
+            ("weights", self.weight_bytes, self.weight_bytes),
+            ("gradients", self.gradient_bytes, None),
+            (self.optimizer, self.optimizer_bytes, None),
+            ("activations", self.activation_bytes, None),
+            ("  of them scores", self.score_bytes, None),
+            ("key-value cache", None, self.cache_bytes),
+            ("total", self.training_bytes, self.serving_bytes),
+        ]
+        memory = [(name, *map(_bytes_text, row)) for name, *row in memory]
+        rows = [
+            ("parameters", "all", "a token's"),
+            *((f"  {name}", *row) for name, *row in parameters),
+            ("operations a token", f"{count_text(self.flops_per_token)}FLOP", ""),
+            ("memory", "training", "serving"),
+            *((f"  {name}", *row) for name, *row in memory),
+        ]
+        lines = [f"{a:<20}{b:>14}{c:>14}".rstrip() for a, b, c in rows]
+        sequences = "sequence" if self.batch_size == 1 else "sequences"
+        title = (
+            f"{self.name}: {self.batch_size} {sequences} of {self.sequence_length} "
+            f"tokens in {self.dtype}"
+        )
+        return "\n".join([title, *lines])
+
+
+def plan(
+    preset,
+    batch_size=1,
+    sequence_length=None,
+    dtype="bfloat16",
+    optimizer="adamw",
+    mesh=None,
+):
+    """What a model takes, computed from its settings without building it.
+
+    **Activations** are those kept for the gradient by a training step on `B S`
+    tokens: the inputs of every matrix product and of every function that is not
+    linear. A token keeps, in the dtype of the activations unless said otherwise,
+
+    - for each block `4 D`: its input, the middle, and their norms (`6 D` with
+      `output_norms`);
+    - for attention `(H + 2 G) d` for queries, keys and values and `H d` for the
+      output. `query_key_norm` adds `(H + G) d`. Latent attention keeps
+      `2 r + 2 R + p` compressed, `2 H (n + p)` for queries and keys and `2 H v` for
+      values and output;
+    - for the scores of attention `3 H S` in float32, masked, exponentiated and
+      normalised. This is what grows with the length, and what a fused kernel, such
+      as torch's, does not keep;
+    - for a dense block of width F `4 F` gated, `2 F` plain;
+    - for a mixture `K (2 D + 4 F)` gated, `K (2 D + 2 F)` plain, for the rows of its
+      experts, what a dense block of their width keeps for shared experts, and in
+      float32 `D + 2 E` for the router and `K D` for the sum of the experts;
+    - once, `2 D` for the last norm, `V` for the logits and `V` in float32 for the
+      loss.
+
+    A mixed dtype adds the copies of all matrices that the products were computed
+    with. With the setting `recompute=True` a block keeps its input alone, `D`, and
+    the block that keeps most adds its own while it is recomputed. What is needed only
+    for a moment comes on top, as do the masks of dropout.
+    It is an estimate: of small models JAX was seen to keep 0.7 to 1.3 times as much,
+    and torch 0.6 to 1.1 times what it is without the scores.
+
+    Args:
+        preset: what to plan for: the name of a preset, a folder with a
+            `config.json`, a `MoEBackbone` or a task over it, or a dict of
+            `MoEBackbone`'s settings.
+        batch_size: int, B, sequences of a step or served at once.
+        sequence_length: int, S, tokens of each, at most the preset's
+            `context_length`, which is what None stands for.
+        dtype: a dtype policy, by name or as an object: float32, bfloat16, float16,
+            float64, mixed_bfloat16 or mixed_float16, of which the last two have
+            float32 weights. It goes before the preset's own. Routers have float32
+            weights in any case.
+        optimizer: `"sgd"`, `"sgd_momentum"`, `"adam"`, `"adamw"`, `"lion"` or
+            `"adafactor"`, with the variables that Keras's has.
+        mesh: None: one device.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        ValueError: for an unknown preset, dtype or optimizer, sizes below 1, a
+            sequence longer than the context, settings that do not fit together or
+            whose weights are not known here, and a mesh.
+        FileNotFoundError: for a folder without `config.json`.
+
+    Example:
+
+    ```python
+    plan = keras_moe.plan("mixtral_8x7b", batch_size=8, sequence_length=4096)
+    plan.total_parameters  # 46702792704
+    plan.serving_bytes / 2**30  # GiB
+    print(plan)
+    ```
+    """
+    if mesh is not None:
+        raise ValueError(
+            "`mesh` must be None: plans for several devices are not implemented yet. "
+            f"Received: mesh={mesh!r}"
+        )
+    name, settings = _read(preset)
+    checks.at_least("batch_size", batch_size, 1)
+    sequence_length = _sequence_length(sequence_length, settings["context_length"])
+    dtype = getattr(dtype, "name", dtype)
+    checks.one_of("dtype", dtype, _DTYPES)
+    checks.one_of("optimizer", optimizer, _SLOTS)
+    weight_size, value_size = _DTYPES[dtype]
+    tokens = batch_size * sequence_length
+    weights = list(_weights(settings))
+    parts = _parts(weights)
+
+    def weight_bytes(elements, kept=weights):
+        """Bytes of `elements(weight)` numbers for each of the weights."""
+        return sum(
+            elements(w) * w.count * (_FLOAT32 if w.float32 else weight_size)
+            for w in kept
+        )
+
+    trained = [w for w in weights if w.trainable]
+    gradient_bytes = weight_bytes(lambda w: w.size, trained)
+    optimizer_bytes = _SLOTS[optimizer] * gradient_bytes
+    if optimizer == "adafactor":
+        optimizer_bytes += weight_bytes(_factors, trained)
+    score_bytes = tokens * _scores(settings, sequence_length) * _FLOAT32
+    activation_bytes = tokens * _activations(settings, value_size)
+    if weight_size != value_size:
+        activation_bytes += _copied(settings, weights) * value_size
+    return Plan(
+        name=name,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        dtype=dtype,
+        optimizer=optimizer,
+        parts=parts,
+        total_parameters=sum(part.total for part in parts),
+        active_parameters=sum(part.active for part in parts),
+        flops_per_token=_flops(settings, weights, sequence_length),
+        weight_bytes=weight_bytes(lambda w: w.size),
+        gradient_bytes=gradient_bytes,
+        optimizer_bytes=optimizer_bytes,
+        cache_bytes=tokens * settings["num_layers"] * _cached(settings) * value_size,
+        activation_bytes=activation_bytes + score_bytes,
+        score_bytes=score_bytes,
+    )
+
+
+def count_parameters(preset):
+    """The parameters of a model, and how many of them one token uses.
+
+    Args:
+        preset: as for `plan`.
+
+    Returns:
+        `(total, active)`, two ints.
+    """
+    parts = _parts(_weights(_read(preset)[1]))
+    return sum(part.total for part in parts), sum(part.active for part in parts)
+
+
+# --- Settings ---
+
+
+def _read(preset):
+    """The name of a preset and all its settings, defaults filled in and checked."""
+    if isinstance(preset, dict):
+        name, config = preset.get("name", "settings"), preset
+        if "config" in preset:  # as Keras writes an object
+            config = presets.settings_of(preset, "preset")
+    elif hasattr(preset, "get_config"):
+        backbone = getattr(preset, "backbone", preset)
+        if not isinstance(backbone, moe_backbone.MoEBackbone):
+            raise ValueError(
+                "`preset` must be a `MoEBackbone`, where it is a model. "
+                f"Received: a {type(backbone).__name__}"
+            )
+        name, config = preset.name, backbone.get_config()
+    else:
+        folder = presets.preset_folder(preset)
+        if "://" in str(folder):
+            raise ValueError(
+                "`preset` must be here to be planned: a preset's name or a local "
+                f"folder. Received: the handle {preset!r}"
+            )
+        name, config = str(preset), presets.settings(folder)
+    parameters = inspect.signature(moe_backbone.MoEBackbone.__init__).parameters
+    defaults = {
+        **_DEFAULTS,
+        **{key: parameters[key].default for key in moe_backbone.SETTINGS},
+    }
+    for key in config:
+        checks.one_of("setting", key, (*defaults, "dtype", "name", "trainable"))
+    settings = {**defaults, **config}
+    missing = [key for key, value in settings.items() if value is inspect._empty]
+    if missing:
+        raise ValueError(
+            f"`preset` must set {', '.join(map(repr, missing))}. "
+            f"Received: {name} without"
+        )
+    _check(settings)
+    return name, settings
+
+
+def _check(s):
+    """What decides how many weights there are; layers check the rest when built."""
+    moe_backbone._check(s, {})
+    checks.one_of("norm", s["norm"], _NORMS)
+    checks.one_of("attention", s["attention"], ("grouped_query", "latent"))
+    checks.one_of(
+        "attention_bias", s["attention_bias"], (None, "query_key_value", "all")
+    )
+    checks.one_of("query_key_norm", s["query_key_norm"], (None, "head", "full"))
+    checks.one_of("positions", s["positions"], ("rotary", "relative_bias"))
+    checks.at_least("num_query_heads", s["num_query_heads"], 1)
+    needed = []
+    if s["attention"] == "latent":
+        needed += ["key_value_rank", "rope_head_dim", "value_head_dim", "head_dim"]
+    else:
+        if s["num_key_value_heads"] is None:
+            s["num_key_value_heads"] = s["num_query_heads"]
+        checks.at_least("num_key_value_heads", s["num_key_value_heads"], 1)
+        checks.divides(
+            "num_query_heads",
+            s["num_query_heads"],
+            "num_key_value_heads",
+            s["num_key_value_heads"],
+        )
+        if s["head_dim"] is None:
+            checks.divides(
+                "hidden_dim",
+                s["hidden_dim"],
+                "num_query_heads",
+                s["num_query_heads"],
+            )
+            s["head_dim"] = s["hidden_dim"] // s["num_query_heads"]
+        needed.append("head_dim")
+        if s["positions"] == "relative_bias":
+            needed.append("relative_buckets")
+    if _dense_layers(s) > 0:
+        needed.append("dense_dim")
+    if _mixtures(s) > 0:
+        needed.append("expert_dim")
+        checks.top_k(s["top_k"], s["num_experts"])
+        checks.at_least("num_shared_experts", s["num_shared_experts"], 0)
+        width, gate = s["shared_expert_dim"], s["shared_expert_gate"]
+        if not s["num_shared_experts"] and (width or gate):
+            raise ValueError(
+                "`shared_expert_dim` and `shared_expert_gate` need shared experts. "
+                f"Received: shared_expert_dim={width!r}, shared_expert_gate={gate!r}, "
+                "num_shared_experts=0"
+            )
+        if not isinstance(s["router"], str) or s["router"] != "top_k":
+            raise ValueError(
+                "`router` must be 'top_k' to be planned: the weights of others are "
+                f"not known. Received: router={s['router']!r}"
+            )
+    for key in needed:
+        checks.at_least(key, s[key], 1)
+    for key in ("query_rank", "shared_expert_dim"):
+        if s[key] is not None:
+            checks.at_least(key, s[key], 1)
+
+
+def _sequence_length(length, context):
+    if length is None:
+        if context is None:
+            raise ValueError(
+                "`sequence_length` is needed where the preset sets no "
+                "`context_length`. Received: sequence_length=None"
+            )
+        return context
+    checks.at_least("sequence_length", length, 1)
+    if context is not None and length > context:
+        raise ValueError(
+            "`sequence_length` must not exceed the preset's `context_length` "
+            f"({context}). Received: sequence_length={length}"
+        )
+    return length
+
+
+def _mixtures(s):
+    layers = range(s["num_layers"])
+    return sum(moe_backbone._is_mixture(s, index) for index in layers)
+
+
+def _dense_layers(s):
+    return s["num_layers"] - _mixtures(s)
+
+
+# --- Weights ---
+
+
+class _Weight(NamedTuple):
+    """One variable, and how many layers have one like it.
+
+    Attributes:
+        part: str, the part of the model it belongs to.
+        shape: tuple of int.
+        count: int.
+        used: pair of int: a token uses so many of so many equal parts.
+        multiplied: bool: it is the matrix of a product.
+        float32: bool, whatever the dtype policy.
+        trainable: bool, by the gradient.
+    """
+
+    part: str
+    shape: tuple
+    count: int
+    used: tuple = (1, 1)
+    multiplied: bool = False
+    float32: bool = False
+    trainable: bool = True
+
+    @property
+    def size(self):
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+    @property
+    def active(self):
+        """How many of them a token uses."""
+        part, whole = self.used
+        return self.size * part // whole
+
+
+def _weights(s):
+    """Every variable of a model, as a `_Weight`."""
+    D, V = s["hidden_dim"], s["vocabulary_size"]
+    tied = s["tied_embeddings"]
+    yield _Weight("embeddings", (V, D), 1, multiplied=tied)  # tied: logits, too
+    if not tied:
+        yield _Weight("embeddings", (D, V), 1, multiplied=True)
+    if s["attention"] == "latent":
+        yield from _latent_attention(s)
+    else:
+        yield from _grouped_query_attention(s)
+    norms = (4 if s["output_norms"] else 2) * s["num_layers"] + 1
+    yield _Weight("norms", (D,), norms * _NORMS[s["norm"]])
+    if _dense_layers(s):
+        width, gated = s["dense_dim"], _dense_gated(s)
+        yield from _feed_forward("dense", D, width, gated, _dense_layers(s))
+    if _mixtures(s):
+        yield from _mixture(s)
+
+
+def _grouped_query_attention(s):
+    D, H, G, d = _attention_sizes(s)
+    add, product = _adder("attention", s["num_layers"])
+    yield product(D, H, d)
+    yield product(D, G, d)
+    yield product(D, G, d)
+    yield product(H, d, D)
+    if s["attention_bias"] is not None:
+        yield add(H, d)
+        yield add(G, d)
+        yield add(G, d)
+    if s["attention_bias"] == "all":
+        yield add(D)
+    if s["query_key_norm"] == "head":
+        yield add(d)
+        yield add(d)
+    elif s["query_key_norm"] == "full":
+        yield add(H, d)
+        yield add(G, d)
+    if s["positions"] == "relative_bias":
+        yield add(s["relative_buckets"], H)
+
+
+def _latent_attention(s):
+    D, H, r, R, n, p, v = _latent_sizes(s)
+    add, product = _adder("attention", s["num_layers"])
+    biased = s["attention_bias"] is not None
+    if s["query_rank"] is None:
+        yield product(D, H, n + p)
+    else:
+        yield product(D, r)
+        if biased:
+            yield add(r)
+        yield add(r)  # a norm
+        yield product(r, H, n + p)
+    yield product(D, R + p)
+    if biased:
+        yield add(R + p)
+    yield add(R)  # a norm
+    yield product(R, H, n + v)
+    yield product(H, v, D)
+    if s["attention_bias"] == "all":
+        yield add(D)
+
+
+def _feed_forward(part, D, F, gated, count):
+    _, product = _adder(part, count)
+    yield product(D, F)
+    if gated:
+        yield product(D, F)
+    yield product(F, D)
+
+
+def _mixture(s):
+    D, E, F, count = s["hidden_dim"], s["num_experts"], s["expert_dim"], _mixtures(s)
+    chosen = (s["top_k"], E)
+    yield _Weight("routers", (D, E), count, multiplied=True, float32=True)
+    if s["selection_bias"]:
+        yield _Weight("routers", (E,), count, float32=True, trainable=False)
+    for shape in [(E, D, F)] * (2 if s["expert_gated"] else 1) + [(E, F, D)]:
+        yield _Weight("experts", shape, count, used=chosen, multiplied=True)
+    width = _shared_width(s)
+    if width:
+        gated = s["expert_gated"]
+        yield from _feed_forward("shared experts", D, width, gated, count)
+        if s["shared_expert_gate"]:
+            yield _Weight("shared experts", (D, 1), count, multiplied=True)
+
+
+def _adder(part, count):
+    """Two functions that make a `_Weight` of a shape: a vector's and a matrix's."""
+    return (
+        lambda *shape: _Weight(part, shape, count),
+        lambda *shape: _Weight(part, shape, count, multiplied=True),
+    )
+
+
+def _attention_sizes(s):
+    names = ("hidden_dim", "num_query_heads", "num_key_value_heads", "head_dim")
+    return tuple(s[name] for name in names)
+
+
+def _latent_sizes(s):
+    D, H, n = s["hidden_dim"], s["num_query_heads"], s["head_dim"]
+    p, v = s["rope_head_dim"], s["value_head_dim"]
+    return D, H, s["query_rank"] or 0, s["key_value_rank"], n, p, v
+
+
+def _shared_width(s):
+    """The joint width of the shared experts, 0 where there are none."""
+    if not s["num_shared_experts"]:
+        return 0
+    return s["shared_expert_dim"] or s["num_shared_experts"] * s["expert_dim"]
+
+
+def _dense_gated(s):
+    return s["expert_gated"] if s["dense_gated"] is None else s["dense_gated"]
+
+
+def _parts(weights):
+    total, active = {}, {}
+    for w in weights:
+        total[w.part] = total.get(w.part, 0) + w.size * w.count
+        active[w.part] = active.get(w.part, 0) + w.active * w.count
+    return tuple(Part(name, total[name], active[name]) for name in total)
+
+
+def _factors(weight):
+    """The elements of Adafactor's factors: sums over the last axis, and the one before.
+
+    [Shazeer and Stern, 2018](https://arxiv.org/abs/1804.04235), section 3. Keras keeps
+    them for every variable of two axes or more, as matrices over the last two.
+    """
+    if len(weight.shape) < 2:
+        return 0
+    *others, rows, columns = weight.shape
+    return math.prod(others) * (rows + columns)
+
+
+# --- Operations, cache and activations, a token ---
+
+
+def _flops(s, weights, sequence_length):
+    products = sum(w.active * w.count for w in weights if w.multiplied)
+    if s["attention"] == "latent":
+        _, H, _, _, n, p, v = _latent_sizes(s)
+        attended = H * (n + p + v)
+    else:
+        _, H, _, d = _attention_sizes(s)
+        attended = H * 2 * d
+    return 2 * (products + s["num_layers"] * sequence_length * attended)
+
+
+def _cached(s):
+    """Numbers that the cache holds for a token and layer."""
+    if s["attention"] == "latent":
+        return s["key_value_rank"] + s["rope_head_dim"]
+    return 2 * s["num_key_value_heads"] * s["head_dim"]
+
+
+def _scores(s, sequence_length):
+    """Numbers that a token's scores of attention keep for the gradient."""
+    layers = 1 if s["recompute"] else s["num_layers"]
+    return layers * 3 * s["num_query_heads"] * sequence_length
+
+
+def _activations(s, size):
+    """Bytes that a token keeps for the gradient beside the scores.
+
+    `size` is that of an activation.
+    """
+    D, V = s["hidden_dim"], s["vocabulary_size"]
+    shared = (6 if s["output_norms"] else 4) * D + _attention_activations(s)
+    blocks = []
+    if _dense_layers(s):
+        dense = (shared + _hidden(s["dense_dim"], _dense_gated(s))) * size
+        blocks += [dense] * _dense_layers(s)
+    if _mixtures(s):
+        mixture = shared * size + _mixture_activations(s, size)
+        blocks += [mixture] * _mixtures(s)
+    ends = (2 * D + V) * size + V * _FLOAT32
+    if s["recompute"]:
+        return ends + len(blocks) * D * size + max(blocks)
+    return ends + sum(blocks)
+
+
+def _attention_activations(s):
+    if s["attention"] == "latent":
+        _, H, r, R, n, p, v = _latent_sizes(s)
+        return 2 * r + 2 * R + p + 2 * H * (n + p) + 2 * H * v
+    _, H, G, d = _attention_sizes(s)
+    kept = (2 * H + 2 * G) * d
+    return kept if s["query_key_norm"] is None else kept + (H + G) * d
+
+
+def _mixture_activations(s, size):
+    D, E, K = s["hidden_dim"], s["num_experts"], s["top_k"]
+    kept = K * (2 * D + _hidden(s["expert_dim"], s["expert_gated"]))
+    kept += _hidden(_shared_width(s), s["expert_gated"])
+    return kept * size + (D + 2 * E + K * D) * _FLOAT32
+
+
+def _copied(s, weights):
+    """The elements of the matrices that are copied to the dtype of the activations."""
+    sizes = {"embeddings": 0, "attention": 0, "dense": 0, "experts": 0}
+    for w in weights:
+        if w.multiplied and not w.float32:
+            part = "experts" if w.part == "shared experts" else w.part
+            sizes[part] += w.size * w.count
+    if not s["recompute"]:
+        return sum(sizes.values())
+    block = max(
+        sizes["dense"] // max(_dense_layers(s), 1),
+        sizes["experts"] // max(_mixtures(s), 1),
+    )
+    return sizes["embeddings"] + sizes["attention"] // s["num_layers"] + block
+
+
+def _hidden(width, gated):
+    """Gate, up, activated gate and their product; or up and activated."""
+    return (4 if gated else 2) * width
+
+
+# --- Text ---
+
+
+def count_text(number):
+    """A large number in four digits: `"46.70 B"` for billions."""
+    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= unit:
+            return f"{number / unit:.4g} {name}"
+    return str(number)
+
+
+def _bytes_text(number):
+    if number is None:
+        return ""
+    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if number >= unit:
+            return f"{number / unit:.4g} {name}"
+    return f"{number / 2**10:.4g} KiB"
