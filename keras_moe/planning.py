@@ -4,9 +4,10 @@ B  batch                S  sequence length      D  `hidden_dim`
 V  vocabulary           H  query heads          G  key-value heads
 d  head size            E  experts              K  choices a token
 F  hidden width of a feed-forward network or an expert
-R  rank of the compressed keys and values of latent attention (r: of the queries)
-n  `head_dim` with latent attention, the features of a head without positions
-p  `rope_head_dim`, those with positions        v  `value_head_dim`
+and of latent attention
+R  rank of the latent of keys and values        Q  rank of the queries' own
+n  features of a head without positions         r  features with rotary positions
+v  features of a value
 
 Settings give the shape of every weight, and all figures follow from the shapes.
 Nothing is allocated and no backend is asked.
@@ -18,6 +19,7 @@ import math
 from typing import NamedTuple
 
 from keras_moe import checks
+from keras_moe.layers import attention, decoder_block
 from keras_moe.models import moe_backbone, presets
 
 # Bytes of a weight and of an activation.
@@ -29,6 +31,7 @@ _DTYPES = {
     "mixed_bfloat16": (4, 2),
     "mixed_float16": (4, 2),
 }
+_NOT_SETTINGS = ("dtype", "name", "trainable")
 _FLOAT32 = 4  # bytes: what a router computes in, whatever the dtype
 
 # How many copies of a weight's shape a Keras optimizer keeps, in the weight's dtype.
@@ -42,33 +45,7 @@ _SLOTS = {
     "adafactor": 1,
 }
 
-# Settings that a configuration may lack, beside those of `MoEBackbone`'s signature.
-_DEFAULTS = {
-    "attention": "grouped_query",
-    "query_rank": None,
-    "key_value_rank": None,
-    "rope_head_dim": None,
-    "value_head_dim": None,
-    "attention_bias": None,
-    "query_key_norm": None,
-    "clip_query_key_value": None,
-    "attention_soft_cap": None,
-    "sliding_window": None,
-    "sliding_layers": None,
-    "rope_scaling": None,
-    "shared_expert_gate": False,
-    "shared_expert_dim": None,
-    "selection_bias": False,
-    "bias_update_rate": 0.0,
-    "expert_groups": 1,
-    "top_k_groups": 1,
-    "group_scores": "top_2",
-    "gate_scale": 1.0,
-    "output_norms": False,
-    "embedding_multiplier": 1.0,
-    "output_multiplier": 1.0,
-}
-_NORMS = {"rms": 1, "layer": 2, "layer_no_bias": 1}  # vectors [D] of each
+_NORM_VECTORS = {"rms": 1, "layer": 2, "layer_no_bias": 1}  # [D] each
 
 
 class Part(NamedTuple):
@@ -110,7 +87,7 @@ class Plan:
         gradient_bytes: int, of all weights that the gradient trains, in their dtype.
         optimizer_bytes: int, the optimizer's variables but for a few scalars.
         cache_bytes: int, keys and values of `B S` tokens, in the dtype of the
-            activations: `2 G d` a token and layer, with latent attention `R + p`.
+            activations: `2 G d` a token and layer, with latent attention `R + r`.
             A sliding window does not shrink it: all tokens are kept.
         activation_bytes: int, what a training step keeps for the gradient at its
             peak, after the forward pass; see `plan`.
@@ -180,7 +157,7 @@ class Plan:
         rows = [
             ("parameters", "all", "a token's"),
             *((f"  {name}", *row) for name, *row in parameters),
-            ("operations a token", f"{count_text(self.flops_per_token)}FLOP", ""),
+            ("operations a token", f"{self.flops_per_token / 1e9:.4g} GFLOP", ""),
             ("memory", "training", "serving"),
             *((f"  {name}", *row) for name, *row in memory),
         ]
@@ -211,8 +188,8 @@ def plan(
       `output_norms`);
     - for attention `(H + 2 G) d` for queries, keys and values and `H d` for the
       output. `query_key_norm` adds `(H + G) d`. Latent attention keeps
-      `2 r + 2 R + p` compressed, `2 H (n + p)` for queries and keys and `2 H v` for
-      values and output;
+      `2 Q + 2 R + r` of latents and `H (2 n + r)` for queries and keys, and `2 H v`
+      for values and output;
     - for the scores of attention `3 H S` in float32, masked, exponentiated and
       normalised. This is what grows with the length, and what a fused kernel, such
       as torch's, does not keep;
@@ -226,9 +203,9 @@ def plan(
     A mixed dtype adds the copies of all matrices that the products were computed
     with. With the setting `recompute=True` a block keeps its input alone, `D`, and
     the block that keeps most adds its own while it is recomputed. What is needed only
-    for a moment comes on top, as do the masks of dropout.
-    It is an estimate: of small models JAX was seen to keep 0.7 to 1.3 times as much,
-    and torch 0.6 to 1.1 times what it is without the scores.
+    for a moment comes on top, as do the masks of dropout. It is an estimate: of small
+    models JAX was seen to keep 0.7 to 1.3 times as much, and torch 0.6 to 1.1 times
+    what it is without the scores.
 
     Args:
         preset: what to plan for: the name of a preset, a folder with a
@@ -272,8 +249,8 @@ def plan(
     checks.at_least("batch_size", batch_size, 1)
     sequence_length = _sequence_length(sequence_length, settings["context_length"])
     dtype = getattr(dtype, "name", dtype)
-    checks.one_of("dtype", dtype, _DTYPES)
-    checks.one_of("optimizer", optimizer, _SLOTS)
+    checks.one_of("dtype", dtype, tuple(_DTYPES))
+    checks.one_of("optimizer", optimizer, tuple(_SLOTS))
     weight_size, value_size = _DTYPES[dtype]
     tokens = batch_size * sequence_length
     weights = list(_weights(settings))
@@ -333,9 +310,10 @@ def count_parameters(preset):
 def _read(preset):
     """The name of a preset and all its settings, defaults filled in and checked."""
     if isinstance(preset, dict):
-        name, config = preset.get("name", "settings"), preset
+        config = preset
         if "config" in preset:  # as Keras writes an object
             config = presets.settings_of(preset, "preset")
+        name = config.get("name", "settings")
     elif hasattr(preset, "get_config"):
         backbone = getattr(preset, "backbone", preset)
         if not isinstance(backbone, moe_backbone.MoEBackbone):
@@ -353,81 +331,74 @@ def _read(preset):
             )
         name, config = str(preset), presets.settings(folder)
     parameters = inspect.signature(moe_backbone.MoEBackbone.__init__).parameters
-    defaults = {
-        **_DEFAULTS,
-        **{key: parameters[key].default for key in moe_backbone.SETTINGS},
-    }
-    for key in config:
-        checks.one_of("setting", key, (*defaults, "dtype", "name", "trainable"))
-    settings = {**defaults, **config}
+    settings = {key: parameters[key].default for key in moe_backbone.SETTINGS}
+    settings |= {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
     missing = [key for key, value in settings.items() if value is inspect._empty]
     if missing:
         raise ValueError(
             f"`preset` must set {', '.join(map(repr, missing))}. "
             f"Received: {name} without"
         )
+    unknown = [key for key in settings if key not in moe_backbone.SETTINGS]
+    moe_backbone.check_settings(settings, unknown)
     _check(settings)
     return name, settings
 
 
 def _check(s):
-    """What decides how many weights there are; layers check the rest when built."""
-    moe_backbone._check(s, {})
-    checks.one_of("norm", s["norm"], _NORMS)
-    checks.one_of("attention", s["attention"], ("grouped_query", "latent"))
-    checks.one_of(
-        "attention_bias", s["attention_bias"], (None, "query_key_value", "all")
-    )
-    checks.one_of("query_key_norm", s["query_key_norm"], (None, "head", "full"))
-    checks.one_of("positions", s["positions"], ("rotary", "relative_bias"))
+    """What decides how many weights there are, and is else checked by the layers.
+
+    Fills in the sizes that follow from others.
+    """
+    checks.one_of("norm", s["norm"], tuple(decoder_block.NORMS))
+    checks.one_of("positions", s["positions"], attention.POSITIONS)
+    checks.one_of("attention_bias", s["attention_bias"], attention.BIASES)
+    checks.one_of("query_key_norm", s["query_key_norm"], attention.QUERY_KEY_NORMS)
     checks.at_least("num_query_heads", s["num_query_heads"], 1)
-    needed = []
-    if s["attention"] == "latent":
-        needed += ["key_value_rank", "rope_head_dim", "value_head_dim", "head_dim"]
-    else:
-        if s["num_key_value_heads"] is None:
-            s["num_key_value_heads"] = s["num_query_heads"]
-        checks.at_least("num_key_value_heads", s["num_key_value_heads"], 1)
-        checks.divides(
-            "num_query_heads",
-            s["num_query_heads"],
-            "num_key_value_heads",
-            s["num_key_value_heads"],
+    if s["attention"] == "grouped_query":
+        _check_heads(s)
+    if s["query_rank"] is not None:
+        checks.at_least("query_rank", s["query_rank"], 1)
+    if _dense_layers(s):
+        checks.at_least("dense_dim", s["dense_dim"], 1)
+    if _mixtures(s):
+        _check_mixture(s)
+
+
+def _check_heads(s):
+    heads = s["num_query_heads"]
+    if s["num_key_value_heads"] is None:
+        s["num_key_value_heads"] = heads
+    checks.at_least("num_key_value_heads", s["num_key_value_heads"], 1)
+    checks.divides(
+        "num_query_heads", heads, "num_key_value_heads", s["num_key_value_heads"]
+    )
+    if s["head_dim"] is None:
+        checks.divides("hidden_dim", s["hidden_dim"], "num_query_heads", heads)
+        s["head_dim"] = s["hidden_dim"] // heads
+    checks.at_least("head_dim", s["head_dim"], 1)
+    if s["positions"] == "relative_bias":
+        checks.at_least("relative_buckets", s["relative_buckets"], 2)
+
+
+def _check_mixture(s):
+    checks.at_least("expert_dim", s["expert_dim"], 1)
+    checks.top_k(s["top_k"], s["num_experts"])
+    checks.at_least("num_shared_experts", s["num_shared_experts"], 0)
+    width, gate = s["shared_expert_dim"], s["shared_expert_gate"]
+    if width is not None:
+        checks.at_least("shared_expert_dim", width, 1)
+    if not s["num_shared_experts"] and (width or gate):
+        raise ValueError(
+            "`shared_expert_dim` and `shared_expert_gate` need shared experts. "
+            f"Received: shared_expert_dim={width!r}, shared_expert_gate={gate!r}, "
+            "num_shared_experts=0"
         )
-        if s["head_dim"] is None:
-            checks.divides(
-                "hidden_dim",
-                s["hidden_dim"],
-                "num_query_heads",
-                s["num_query_heads"],
-            )
-            s["head_dim"] = s["hidden_dim"] // s["num_query_heads"]
-        needed.append("head_dim")
-        if s["positions"] == "relative_bias":
-            needed.append("relative_buckets")
-    if _dense_layers(s) > 0:
-        needed.append("dense_dim")
-    if _mixtures(s) > 0:
-        needed.append("expert_dim")
-        checks.top_k(s["top_k"], s["num_experts"])
-        checks.at_least("num_shared_experts", s["num_shared_experts"], 0)
-        width, gate = s["shared_expert_dim"], s["shared_expert_gate"]
-        if not s["num_shared_experts"] and (width or gate):
-            raise ValueError(
-                "`shared_expert_dim` and `shared_expert_gate` need shared experts. "
-                f"Received: shared_expert_dim={width!r}, shared_expert_gate={gate!r}, "
-                "num_shared_experts=0"
-            )
-        if not isinstance(s["router"], str) or s["router"] != "top_k":
-            raise ValueError(
-                "`router` must be 'top_k' to be planned: the weights of others are "
-                f"not known. Received: router={s['router']!r}"
-            )
-    for key in needed:
-        checks.at_least(key, s[key], 1)
-    for key in ("query_rank", "shared_expert_dim"):
-        if s[key] is not None:
-            checks.at_least(key, s[key], 1)
+    if s["router"] != "top_k":
+        raise ValueError(
+            "`router` must be 'top_k' to be planned: the weights of others are "
+            f"not known. Received: router={s['router']!r}"
+        )
 
 
 def _sequence_length(length, context):
@@ -449,7 +420,7 @@ def _sequence_length(length, context):
 
 def _mixtures(s):
     layers = range(s["num_layers"])
-    return sum(moe_backbone._is_mixture(s, index) for index in layers)
+    return sum(moe_backbone.is_mixture(s, index) for index in layers)
 
 
 def _dense_layers(s):
@@ -504,7 +475,7 @@ def _weights(s):
     else:
         yield from _grouped_query_attention(s)
     norms = (4 if s["output_norms"] else 2) * s["num_layers"] + 1
-    yield _Weight("norms", (D,), norms * _NORMS[s["norm"]])
+    yield _Weight("norms", (D,), norms * _NORM_VECTORS[s["norm"]])
     if _dense_layers(s):
         width, gated = s["dense_dim"], _dense_gated(s)
         yield from _feed_forward("dense", D, width, gated, _dense_layers(s))
@@ -536,20 +507,20 @@ def _grouped_query_attention(s):
 
 
 def _latent_attention(s):
-    D, H, r, R, n, p, v = _latent_sizes(s)
+    D, H, Q, R, n, r, v = _latent_sizes(s)
     add, product = _adder("attention", s["num_layers"])
     biased = s["attention_bias"] is not None
     if s["query_rank"] is None:
-        yield product(D, H, n + p)
+        yield product(D, H, n + r)
     else:
-        yield product(D, r)
+        yield product(D, Q)
         if biased:
-            yield add(r)
-        yield add(r)  # a norm
-        yield product(r, H, n + p)
-    yield product(D, R + p)
+            yield add(Q)
+        yield add(Q)  # a norm
+        yield product(Q, H, n + r)
+    yield product(D, R + r)
     if biased:
-        yield add(R + p)
+        yield add(R + r)
     yield add(R)  # a norm
     yield product(R, H, n + v)
     yield product(H, v, D)
@@ -596,8 +567,8 @@ def _attention_sizes(s):
 
 def _latent_sizes(s):
     D, H, n = s["hidden_dim"], s["num_query_heads"], s["head_dim"]
-    p, v = s["rope_head_dim"], s["value_head_dim"]
-    return D, H, s["query_rank"] or 0, s["key_value_rank"], n, p, v
+    r, v = s["rope_head_dim"], s["value_head_dim"]
+    return D, H, s["query_rank"] or 0, s["key_value_rank"], n, r, v
 
 
 def _shared_width(s):
@@ -637,8 +608,8 @@ def _factors(weight):
 def _flops(s, weights, sequence_length):
     products = sum(w.active * w.count for w in weights if w.multiplied)
     if s["attention"] == "latent":
-        _, H, _, _, n, p, v = _latent_sizes(s)
-        attended = H * (n + p + v)
+        _, H, _, _, n, r, v = _latent_sizes(s)
+        attended = H * (n + r + v)
     else:
         _, H, _, d = _attention_sizes(s)
         attended = H * 2 * d
@@ -680,8 +651,8 @@ def _activations(s, size):
 
 def _attention_activations(s):
     if s["attention"] == "latent":
-        _, H, r, R, n, p, v = _latent_sizes(s)
-        return 2 * r + 2 * R + p + 2 * H * (n + p) + 2 * H * v
+        _, H, Q, R, n, r, v = _latent_sizes(s)
+        return 2 * Q + 2 * R + r + H * (2 * n + r) + 2 * H * v
     _, H, G, d = _attention_sizes(s)
     kept = (2 * H + 2 * G) * d
     return kept if s["query_key_norm"] is None else kept + (H + G) * d

@@ -15,7 +15,7 @@ def test_every_preset_is_listed():
     assert [record.name for record in listed] == sorted(presets.names())
     assert {record.name for record in listed} == set(MoEBackbone.presets)
     for record in listed:
-        assert record.name.startswith(record.family + "_")
+        assert record.family == MoEBackbone.presets[record.name]["family"]
         assert record.paper.startswith("https://")
         assert record.description.endswith(".")
         assert 0 < record.active_parameters < record.total_parameters

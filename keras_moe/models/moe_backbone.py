@@ -195,11 +195,11 @@ class MoEBackbone(keras_hub.models.Backbone):
         **kwargs,
     ):
         settings = {name: value for name, value in locals().items() if name in SETTINGS}
-        _check(settings, kwargs)
+        check_settings(settings, kwargs)
         initializer = keras.initializers.RandomNormal(stddev=initializer_stddev)
 
         def feed_forward(index):
-            if not _is_mixture(settings, index):
+            if not is_mixture(settings, index):
                 return FeedForward(
                     dense_dim,
                     activation=activation,
@@ -427,7 +427,8 @@ def _scaled(x, multiplier):
     return x if multiplier == 1.0 else x * multiplier
 
 
-def _is_mixture(settings, index):
+def is_mixture(settings, index):
+    """Whether layer `index` is a mixture with these settings of `MoEBackbone`."""
     return (
         settings["num_experts"] > 0
         and index >= settings["dense_first_layers"]
@@ -435,8 +436,8 @@ def _is_mixture(settings, index):
     )
 
 
-def _check(settings, others):
-    """What the layers cannot check, or only after long work."""
+def check_settings(settings, others):
+    """Refuses what the layers cannot check, or only after long work."""
     for name in others:
         # Keras would take a misspelt setting in silence.
         checks.one_of("setting", name, (*SETTINGS, "dtype", "name", "trainable"))
@@ -455,7 +456,7 @@ def _check(settings, others):
             "`moe_offset` must be below `moe_every` "
             f"({settings['moe_every']}). Received: moe_offset={settings['moe_offset']}"
         )
-    kinds = {_is_mixture(settings, i) for i in range(settings["num_layers"])}
+    kinds = {is_mixture(settings, i) for i in range(settings["num_layers"])}
     for kind, name in ((True, "expert_dim"), (False, "dense_dim")):
         if kind in kinds and settings[name] is None:
             raise ValueError(
