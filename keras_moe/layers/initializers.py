@@ -1,5 +1,7 @@
 """Initialisation of several weights, and of stacked ones, from one initializer."""
 
+import contextlib
+import contextvars
 import functools
 
 import keras
@@ -7,6 +9,22 @@ from keras import ops
 
 # Those that say something about a matrix as a whole.
 _OF_A_MATRIX = (keras.initializers.Orthogonal, keras.initializers.Identity)
+
+_skipped = contextvars.ContextVar("skipped", default=False)
+
+
+@contextlib.contextmanager
+def skipped():
+    """Weights made within are zeros: others are about to take their place.
+
+    To draw billions of random numbers takes minutes, and in half precision more
+    memory than they fill.
+    """
+    token = _skipped.set(True)
+    try:
+        yield
+    finally:
+        _skipped.reset(token)
 
 
 def fresh(initializer, index=0):
@@ -17,6 +35,8 @@ def fresh(initializer, index=0):
     seed. One seeded by a generator draws anew by itself, which its copies would
     not.
     """
+    if _skipped.get():
+        return keras.initializers.Zeros()
     initializer = keras.initializers.get(initializer)
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer

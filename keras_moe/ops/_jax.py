@@ -177,3 +177,7 @@ def top_k(x, k):
 def inverse_permutation(permutation):
     places = jnp.arange(permutation.shape[0], dtype=jnp.int32)
     return jnp.zeros_like(places).at[permutation].set(places, unique_indices=True)
+
+
+def from_numpy(array):
+    return jnp.asarray(array)

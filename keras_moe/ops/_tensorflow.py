@@ -310,3 +310,7 @@ def inverse_permutation(permutation):
     indices = tf.cast(permutation, tf.int32)[:, None]
     inverse = tf.scatter_nd(indices, tf.range(size), size[None])
     return tf.ensure_shape(inverse, permutation.shape)
+
+
+def from_numpy(array):
+    return tf.convert_to_tensor(array)

@@ -162,3 +162,9 @@ def inverse_permutation(permutation):
         permutation.shape[0], dtype=torch.int32, device=permutation.device
     )
     return torch.empty_like(places).scatter_(0, permutation.long(), places)
+
+
+def from_numpy(array):
+    if array.dtype.name == "bfloat16":  # which NumPy has from another package
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.from_numpy(array)

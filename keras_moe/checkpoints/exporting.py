@@ -1,0 +1,363 @@
+"""A backbone becomes a checkpoint that Transformers loads."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+
+import keras
+import numpy as np
+
+from keras_moe.checkpoints import tables
+from keras_moe.checkpoints.config_reader import ConfigReader
+from keras_moe.checkpoints.families import FAMILIES, common
+from keras_moe.checkpoints.loading import complete_settings, numpy_dtype
+from keras_moe.checkpoints.shards import INDEX, SINGLE, ShardWriter
+from keras_moe.checkpoints.tokenizer_files import write_json, write_tokenizer
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+# Of training alone: Transformers may know no such setting, or another in its place.
+_OF_TRAINING = (
+    "balance_choices",
+    "balance_loss",
+    "dropout",
+    "initializer_stddev",
+    "recompute",
+    "router_jitter",
+    "z_loss",
+)
+
+
+def export_to_transformers(
+    model, folder, dtype=None, max_shard_size="5GB", overwrite=False
+):
+    """Writes a model as a folder that Transformers loads.
+
+    The folder holds `config.json`, `generation_config.json`, the weights as
+    safetensors, and the tokenizer where `model` is a task that has one. It comes
+    into being as a whole: until all is written, its files stand in a temporary
+    folder next to it, which an error or interruption leaves no trace of.
+
+    Args:
+        model: a `MoECausalLM` or a `MoEBackbone`.
+        folder: path of the folder to make.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None for the dtype of the
+            model's weights.
+        max_shard_size: int, in bytes, or str such as `"5GB"`: the size of a file of
+            weights, which a single larger tensor exceeds.
+        overwrite: bool, whether a folder that exists is replaced, with all that it
+            holds.
+
+    Raises:
+        ValueError: for a model that no class of Transformers computes, naming the
+            settings that none has, and for arguments out of range.
+        FileExistsError: where the folder exists, without `overwrite`.
+        OSError: where it cannot be written, such as for a full disk.
+
+    Example:
+
+    ```python
+    causal_lm.export_to_transformers("exported", dtype="bfloat16")
+    transformers.AutoModelForCausalLM.from_pretrained("exported")
+    ```
+    """
+    backbone = getattr(model, "backbone", model)
+    preprocessor = getattr(model, "preprocessor", None)
+    folder = pathlib.Path(folder)
+    limit = _parse_size(max_shard_size)
+    dtype = _export_dtype(dtype, backbone)
+    settings = _export_settings(backbone)
+    family, config = find_export(settings)
+    if folder.exists() and not overwrite:
+        raise FileExistsError(
+            "`folder` must not exist, unless `overwrite=True` replaces it. "
+            f"Received: folder={str(folder)!r}, overwrite={overwrite!r}"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(
+        tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)
+    )
+    try:
+        temporary.chmod(0o777 & ~_umask())
+        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        if preprocessor is not None:
+            ids.update(write_tokenizer(temporary, preprocessor))
+        _write_config(temporary, family, {**config, **ids}, dtype)
+        given = {key: value for key, value in ids.items() if value is not None}
+        write_json(temporary / "generation_config.json", given)
+        _write_weights(temporary, backbone, family.entries(settings), dtype, limit)
+        _put_in_place(temporary, folder)
+    except BaseException:  # an interruption, too, must leave nothing behind
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _export_settings(backbone):
+    config = backbone.get_config()
+    return complete_settings(type(backbone), config)
+
+
+def find_export(settings):
+    """The family that a model of these settings belongs to, and its `config.json`.
+
+    A family holds a model if its `config.json`, read again, gives the same settings.
+
+    Args:
+        settings: dict, all settings of a `MoEBackbone`.
+
+    Returns:
+        `(Family, dict)`.
+
+    Raises:
+        ValueError: where there is none, naming for the closest family what it lacks.
+    """
+    wanted = _canonical(settings)
+    lacking = {}
+    for family in FAMILIES.values():
+        if family.config is None:
+            continue
+        try:
+            # Through JSON, as it will be read.
+            config = json.loads(json.dumps(family.config(settings)))
+            found = _canonical({**_defaults_of(settings), **_read(family, config)})
+        except (ValueError, TypeError, KeyError, ZeroDivisionError):
+            continue  # what the family cannot even write down
+        different = [key for key in wanted if wanted[key] != found.get(key)]
+        if not different:
+            return family, config
+        lacking[family.model_type] = different
+    _refuse_without_class(settings, wanted)
+    closest = min(lacking, key=lambda name: len(lacking[name]), default=None)
+    detail = ""
+    if closest is not None:
+        what = ", ".join(f"{key}={wanted[key]!r}" for key in lacking[closest])
+        detail = f" The closest, {closest!r}, has another {what}."
+    raise ValueError(
+        "The model must be one that a class of Transformers computes "
+        f"({', '.join(name for name, f in FAMILIES.items() if f.config)}). Received: "
+        f"settings that none of them has.{detail}"
+    )
+
+
+def _refuse_without_class(settings, wanted):
+    """Says so where the kind of model is known and Transformers has no class."""
+    for family in FAMILIES.values():
+        if family.config is not None or settings["positions"] != "rotary":
+            continue
+        if (
+            wanted["shared_dim"]
+            and wanted["attention"] == "grouped_query"
+            and not wanted["shared_expert_gate"]
+            and wanted["query_key_norm"] is None
+        ):
+            raise ValueError(
+                "The model must be one that a class of Transformers computes. "
+                f"Received: one of type {family.model_type!r} (shared experts, and "
+                "attention that is not latent), whose code comes with its checkpoint: "
+                "Transformers has no class for it."
+            )
+
+
+def _read(family, config):
+    return family.settings(ConfigReader({"model_type": family.model_type, **config}))
+
+
+def _defaults_of(settings):
+    """Values under which a setting that a family does not mention has no effect."""
+    neutral = dict.fromkeys(settings)
+    neutral.update(_NEUTRAL)
+    return neutral
+
+
+_NEUTRAL = {
+    "attention": "grouped_query",
+    "capacity_group": "batch",
+    "dense_first_layers": 0,
+    "dispatch": "dropless",
+    "embedding_multiplier": 1.0,
+    "expert_gated": True,
+    "expert_groups": 1,
+    "gate_scale": 1.0,
+    "gates_from": "all",
+    "group_scores": "top_2",
+    "moe_every": 1,
+    "moe_offset": 0,
+    "num_shared_experts": 0,
+    "output_multiplier": 1.0,
+    "output_norms": False,
+    "positions": "rotary",
+    "router": "top_k",
+    "scores": "softmax",
+    "selection_bias": False,
+    "shared_expert_gate": False,
+    "tied_embeddings": False,
+    "top_k_groups": 1,
+}
+
+
+def _canonical(settings):
+    """Settings that compute the same become the same; those of training go."""
+    s = {key: value for key, value in settings.items() if key not in _OF_TRAINING}
+    for key in ("context_length", "name", "trainable", "dtype"):
+        s.pop(key, None)
+    mixtures = tuple(common.is_mixture(s, layer) for layer in range(s["num_layers"]))
+    s["num_key_value_heads"] = s["num_key_value_heads"] or s["num_query_heads"]
+    s["normalize_gates"] = common.normalizes(s)
+    if s["scores"] == "softmax":
+        del s["gates_from"]  # it comes to the same
+    s["shared_dim"] = common.shared_dim(s)
+    s["mixtures"] = mixtures
+    for key in ("num_shared_experts", "shared_expert_dim"):
+        del s[key]
+    for key in ("dense_first_layers", "moe_every", "moe_offset"):
+        del s[key]
+    dense_gated = s.pop("dense_gated")
+    if all(mixtures):
+        del s["dense_dim"]
+    else:
+        s["dense_gated"] = s["expert_gated"] if dense_gated is None else dense_gated
+    if s["attention"] == "latent":
+        s["num_key_value_heads"] = s["num_query_heads"]
+    else:
+        s["head_dim"] = common.head_dim(s)
+        for key in ("query_rank", "key_value_rank", "rope_head_dim", "value_head_dim"):
+            del s[key]
+    if s["positions"] == "rotary":
+        for key in ("relative_buckets", "relative_max_distance"):
+            del s[key]
+    else:
+        del s["rope_theta"]
+    if s["expert_groups"] == 1 or s["expert_groups"] == s["top_k_groups"]:
+        # All groups are searched.
+        for key in ("expert_groups", "top_k_groups", "group_scores"):
+            del s[key]
+    if s["sliding_window"] is None:
+        s["sliding_layers"] = ()
+    else:
+        every = range(s["num_layers"])
+        layers = s["sliding_layers"]
+        s["sliding_layers"] = tuple(every if layers is None else sorted(layers))
+    return s
+
+
+def _write_config(folder, family, config, dtype):
+    write_json(
+        folder / "config.json",
+        {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            **config,
+        },
+    )
+
+
+def _write_weights(folder, backbone, entries, dtype, limit):
+    parts = {}
+    for entry in entries:
+        parts.setdefault(entry.name, []).append(entry)
+    specifications = [
+        (name, numpy_dtype("float32" if exact else dtype), shape)
+        for name, (shape, exact) in tables.tensors(entries).items()
+    ]
+    shards = _split(specifications, limit)
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards, 1):
+        file = SINGLE
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with ShardWriter(folder / file, shard) as writer:
+            for name, tensor_dtype, shape in shard:
+                weight_map[name] = file
+                total += _bytes((name, tensor_dtype, shape))
+                writer.write(_tensor(backbone, parts[name], tensor_dtype, shape))
+    if len(shards) > 1:
+        metadata = {"total_size": total}
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def _tensor(backbone, entries, dtype, shape):
+    if entries[0].row is None:
+        (entry,) = entries
+        return entry.to_tensor(_part(backbone, entry, dtype))
+    whole = np.empty(shape, dtype)
+    for entry in entries:
+        part = entry.to_tensor(_part(backbone, entry, dtype))
+        whole[entry.row : entry.row + part.shape[0]] = part
+    return whole
+
+
+def _part(backbone, entry, dtype):
+    value = tables.find_weight(backbone, entry.path).value
+    if entry.index is not None:
+        value = value[entry.index]
+    return keras.ops.convert_to_numpy(value).astype(dtype, copy=False)
+
+
+def _split(specifications, limit):
+    """Lists of tensors, each list within a limit as far as that is possible."""
+    shards, size = [[]], 0
+    for specification in specifications:
+        size += _bytes(specification)
+        if shards[-1] and size > limit:
+            shards.append([])
+            size = _bytes(specification)
+        shards[-1].append(specification)
+    return shards
+
+
+def _bytes(specification):
+    _, dtype, shape = specification
+    return int(np.prod(shape)) * dtype.itemsize
+
+
+def _put_in_place(temporary, folder):
+    """Renames the finished folder; what stands in its place goes only after that."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    old = temporary.with_suffix(".old")
+    os.rename(folder, old)
+    try:
+        os.rename(temporary, folder)
+    except BaseException:
+        os.rename(old, folder)
+        raise
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _export_dtype(dtype, backbone):
+    if dtype is None:
+        return keras.backend.standardize_dtype(backbone.variable_dtype)
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(
+            "`dtype` must be 'float32', 'bfloat16', 'float16' or None. "
+            f"Received: dtype={dtype!r}"
+        )
+    return dtype
+
+
+def _parse_size(size):
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = None
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]B)", size.upper())
+    if match is None or not float(match[1]):
+        raise ValueError(
+            "`max_shard_size` must be a positive number of bytes, or a string such as "
+            f"'5GB'. Received: max_shard_size={size!r}"
+        )
+    return int(float(match[1]) * _UNITS[match[2]])

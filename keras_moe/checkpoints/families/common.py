@@ -1,0 +1,349 @@
+"""What the families share: rotary settings, attention, feed-forward blocks, mixtures.
+
+Shapes: D `hidden_dim`, H query heads, G key-value heads, d `head_dim`, E experts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from keras_moe.checkpoints.config_reader import ACTIVATIONS, as_number
+from keras_moe.checkpoints.tables import Table
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+# Scaling of rotary angles: the checkpoint's keys and ours, by kind.
+_ROPE_KEYS = {
+    "linear": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        "attention_factor": "attention_factor",
+        "truncate": "truncate",
+    },
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+    },
+}
+_ROPE_REQUIRED = {
+    "linear": ("factor",),
+    "yarn": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one `model_type` of Transformers is a `MoEBackbone`.
+
+    Attributes:
+        model_type: str, as `config.json` has it.
+        architecture: str or None, the class of Transformers; None where it has none.
+        settings: callable from a `ConfigReader` to a dict of settings.
+        config: callable from settings, all of them, to a dict for `config.json`;
+            None where there is no class to export to.
+        entries: callable from settings, all of them, to a list of `Entry`.
+        ignored: callable `(name, settings) -> bool`: whether a tensor that no entry
+            names may be left aside.
+    """
+
+    model_type: str
+    architecture: str | None
+    settings: Callable
+    config: Callable | None
+    entries: Callable
+    ignored: Callable
+
+
+def size_settings(read, epsilon):
+    """The settings that every family but DBRX reads from the same keys."""
+    heads = read.integer("num_attention_heads")
+    return {
+        "vocabulary_size": read.integer("vocab_size"),
+        "num_layers": read.integer("num_hidden_layers"),
+        "hidden_dim": read.integer("hidden_size"),
+        "num_query_heads": heads,
+        "num_key_value_heads": read.integer("num_key_value_heads", heads),
+        "activation": read.activation(),
+        "norm": "rms",
+        "norm_epsilon": read.number("rms_norm_eps", epsilon),
+        "tied_embeddings": read.flag("tie_word_embeddings"),
+        "initializer_stddev": read.number("initializer_range", 0.02),
+        "context_length": read.integer("max_position_embeddings", None),
+    }
+
+
+def size_config(s):
+    """The inverse of `size_settings`."""
+    return {
+        "vocab_size": s["vocabulary_size"],
+        "num_hidden_layers": s["num_layers"],
+        "hidden_size": s["hidden_dim"],
+        "num_attention_heads": s["num_query_heads"],
+        "num_key_value_heads": s["num_key_value_heads"] or s["num_query_heads"],
+        "hidden_act": to_activation(s["activation"]),
+        "rms_norm_eps": s["norm_epsilon"],
+        "tie_word_embeddings": s["tied_embeddings"],
+        "initializer_range": s["initializer_stddev"],
+        "max_position_embeddings": s["context_length"] or 32768,
+    }
+
+
+def to_activation(name):
+    """The name of Transformers for a Keras activation; its own where there is none."""
+    theirs = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    return theirs.get(name, name)
+
+
+def head_dim(s):
+    """d, computed where it is not set."""
+    return s["head_dim"] or s["hidden_dim"] // s["num_query_heads"]
+
+
+def rope_settings(read, theta=10000.0, kinds=("linear", "yarn", "llama3")):
+    """`rope_theta` and `rope_scaling`, from keys of Transformers 4 or 5.
+
+    Args:
+        read: a `ConfigReader`.
+        theta: float, the base where none is given.
+        kinds: the kinds of scaling that the family's own code has.
+    """
+    key = "rope_scaling" if read.get("rope_scaling") else "rope_parameters"
+    read.harmless("rope_scaling", "rope_parameters")
+    parameters = read.get(key, {})
+    if not isinstance(parameters, dict) or any(
+        isinstance(value, dict) for value in parameters.values()
+    ):
+        read.refuse(key, "one set of parameters for all layers")
+    theta = read.number("rope_theta", theta)
+    parameters = dict(parameters)
+    theta = as_number("rope_theta", parameters.pop("rope_theta", None) or theta)
+    kind = parameters.pop("type", "default")
+    kind = parameters.pop("rope_type", kind)
+    parameters.pop("finetuned", None)  # how it was trained
+    if parameters.pop("partial_rotary_factor", None) not in (None, 1.0):
+        read.refuse(key, "a rotation of whole heads, `partial_rotary_factor` 1")
+    read.only("partial_rotary_factor", 1.0)
+    original = read.integer("original_max_position_embeddings", None)
+    if kind == "default":
+        # Left behind by other kinds, and without effect on this one.
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind not in kinds:
+        read.refuse(key, f"of type {', '.join(map(repr, ('default', *kinds)))}")
+    unknown = sorted(set(parameters) - set(_ROPE_KEYS[kind]))
+    if unknown:
+        read.refuse(key, f"without {', '.join(unknown)} for type {kind!r}")
+    for required in _ROPE_REQUIRED[kind]:
+        if parameters.get(required) is None:
+            read.refuse(key, f"with {required!r} for type {kind!r}")
+    if kind != "linear":
+        if original is not None:  # goes before the one within, as in Transformers
+            parameters["original_max_position_embeddings"] = original
+        context = read.integer("max_position_embeddings")
+        original = parameters.setdefault("original_max_position_embeddings", context)
+        if parameters.get("factor") is None:
+            parameters["factor"] = context / original
+    scaling = {
+        ours: parameters[theirs]
+        for theirs, ours in _ROPE_KEYS[kind].items()
+        if parameters.get(theirs) is not None
+    }
+    return {"rope_theta": theta, "rope_scaling": {"type": kind, **scaling}}
+
+
+def rope_config(s):
+    """The inverse of `rope_settings`, in the keys of Transformers 5 and 4."""
+    parameters = {"rope_type": "default", "rope_theta": s["rope_theta"]}
+    scaling = s["rope_scaling"]
+    if scaling is not None:
+        parameters["rope_type"] = scaling["type"]
+        parameters.update(
+            (theirs, scaling[ours])
+            for theirs, ours in _ROPE_KEYS[scaling["type"]].items()
+            if scaling.get(ours) is not None
+        )
+    config = {"rope_parameters": parameters, "rope_theta": s["rope_theta"]}
+    if scaling is not None:
+        config["rope_scaling"] = {
+            key: value for key, value in parameters.items() if key != "rope_theta"
+        }
+    return config
+
+
+def dense_or_mixture(read, step_key="decoder_sparse_step"):
+    """Which layers are mixtures, from Qwen's keys."""
+    layers = read.integer("num_hidden_layers")
+    step = read.integer(step_key, 1)
+    dense = read.get("mlp_only_layers", [])
+    if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
+        read.refuse("mlp_only_layers", "a list of layers")
+    # Only what takes a mixture away counts.
+    dense = {i for i in dense if 0 <= i < layers}
+    pattern = [(i + 1) % step == 0 and i not in dense for i in range(layers)]
+    first = pattern.index(True) if True in pattern else layers
+    if pattern != [(i + 1) % step == 0 and i >= first for i in range(layers)]:
+        read.refuse("mlp_only_layers", "the first layers")
+    return {
+        "moe_every": step,
+        "moe_offset": step - 1,
+        "dense_first_layers": first if dense else 0,
+    }
+
+
+def is_mixture(s, layer):
+    """Whether a layer is a mixture."""
+    return (
+        s["num_experts"] > 0
+        and layer >= s["dense_first_layers"]
+        and layer % s["moe_every"] == s["moe_offset"]
+    )
+
+
+def qwen_pattern_config(s):
+    """The inverse of `dense_or_mixture`."""
+    step = s["moe_every"]
+    return {
+        "decoder_sparse_step": step,
+        "mlp_only_layers": [
+            layer
+            for layer in range(s["num_layers"])
+            if (layer + 1) % step == 0 and not is_mixture(s, layer)
+        ],
+    }
+
+
+def shared_dim(s):
+    """The hidden width of all shared experts together, 0 without any."""
+    if not s["num_shared_experts"]:
+        return 0
+    return s["shared_expert_dim"] or s["num_shared_experts"] * s["expert_dim"]
+
+
+def normalizes(s):
+    """Whether the gates of the chosen experts are made to sum to one."""
+    if s["gates_from"] == "top_k" and s["scores"] == "softmax":
+        return True
+    return s["top_k"] > 1 if s["normalize_gates"] is None else s["normalize_gates"]
+
+
+def embeddings(table, embedding="model.embed_tokens", norm="model.norm"):
+    """Adds the embeddings, the last norm and the output projection."""
+    s = table.settings
+    shape = (s["vocabulary_size"], s["hidden_dim"])
+    table.add(f"{embedding}.weight", "token_embedding.embeddings", shape)
+    if not s["tied_embeddings"]:
+        table.add(
+            "lm_head.weight", "token_embedding.reverse_embeddings", shape[::-1], inputs=1
+        )
+    table.norm(norm, "layer_norm")
+
+
+def attention(table, theirs, ours):
+    """Adds grouped-query attention with separate projections."""
+    s = table.settings
+    features, size = (s["hidden_dim"],), head_dim(s)
+    heads = s["num_query_heads"]
+    groups = s["num_key_value_heads"] or heads
+    bias = s["attention_bias"]
+    for letter, name, count in (
+        ("q", "query", heads),
+        ("k", "key", groups),
+        ("v", "value", groups),
+    ):
+        table.linear(
+            f"{theirs}.{letter}_proj",
+            f"{ours}.{name}",
+            features,
+            (count, size),
+            bias=bias is not None,
+        )
+    table.linear(
+        f"{theirs}.o_proj",
+        f"{ours}.output_dense",
+        (heads, size),
+        features,
+        bias=bias == "all",
+    )
+    if s["query_key_norm"]:
+        for letter, name, count in (("q", "query", heads), ("k", "key", groups)):
+            wide = count * size if s["query_key_norm"] == "full" else size
+            table.add(f"{theirs}.{letter}_norm.weight", f"{ours}.{name}_norm.scale", (wide,))
+
+
+def feed_forward(table, theirs, ours, hidden, names=GATED):
+    """Adds a gated feed-forward block."""
+    gate, up, down = names
+    features = (table.settings["hidden_dim"],)
+    table.linear(f"{theirs}.{gate}", f"{ours}.gate", features, (hidden,))
+    table.linear(f"{theirs}.{up}", f"{ours}.up", features, (hidden,))
+    table.linear(f"{theirs}.{down}", f"{ours}.down", (hidden,), features)
+
+
+def mixture(table, theirs, ours, names=GATED, shared=None):
+    """Adds a router and experts stored singly, and shared experts named `shared`."""
+    s = table.settings
+    features, hidden = s["hidden_dim"], s["expert_dim"]
+    experts = s["num_experts"]
+    table.linear(f"{theirs}.gate", f"{ours}.router", (features,), (experts,))
+    if s["selection_bias"]:
+        table.add(
+            f"{theirs}.gate.e_score_correction_bias",
+            f"{ours}.router.selection_bias",
+            (experts,),
+            exact=True,
+        )
+    shapes = {"gate": (features, hidden), "up": (features, hidden)}
+    shapes["down"] = (hidden, features)
+    for (kernel, shape), name in zip(shapes.items(), names, strict=True):
+        for expert in range(experts):
+            table.add(
+                f"{theirs}.experts.{expert}.{name}.weight",
+                f"{ours}.experts.{kernel}_kernel",
+                shape,
+                inputs=1,
+                index=expert,
+            )
+    if shared is not None and shared_dim(s):
+        feed_forward(table, f"{theirs}.{shared}", f"{ours}.shared_experts", shared_dim(s))
+    if s["shared_expert_gate"]:
+        table.linear(
+            f"{theirs}.shared_expert_gate", f"{ours}.shared_expert_gate", (features,), (1,)
+        )
+
+
+def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=None):
+    """The entries of a decoder named as Llama's.
+
+    Args:
+        settings: dict, all settings of a `MoEBackbone`.
+        add_attention: callable as `attention`.
+        block: str, the name of the second sublayer.
+        names: the names of an expert's matrices: gate, up, down.
+        shared: str or None, the name of the shared experts.
+    """
+    table = Table(settings)
+    embeddings(table)
+    for layer in range(settings["num_layers"]):
+        theirs, ours = f"model.layers.{layer}", f"transformer_layers.{layer}"
+        table.norm(f"{theirs}.input_layernorm", f"{ours}.attention_norm")
+        table.norm(f"{theirs}.post_attention_layernorm", f"{ours}.feed_forward_norm")
+        add_attention(table, f"{theirs}.self_attn", f"{ours}.attention")
+        second = f"{theirs}.{block}", f"{ours}.feed_forward"
+        if is_mixture(settings, layer):
+            mixture(table, *second, names=names, shared=shared)
+        else:
+            feed_forward(table, *second, settings["dense_dim"])
+    return table.entries
+
+
+def may_be_ignored(name, settings):
+    """Tensors that repeat what is known: tied embeddings, rotary frequencies."""
+    return (name == "lm_head.weight" and settings["tied_embeddings"]) or name.endswith(
+        ".rotary_emb.inv_freq"
+    )
+

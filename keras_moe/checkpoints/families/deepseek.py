@@ -1,0 +1,240 @@
+"""DeepSeekMoE, DeepSeek-V2 and DeepSeek-V3.
+
+([Dai et al., 2024](https://arxiv.org/abs/2401.06066),
+[DeepSeek-AI, 2024](https://arxiv.org/abs/2405.04434),
+[DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437))
+"""
+
+import functools
+import re
+
+from keras_moe.checkpoints.families import common
+
+
+def _shared_settings(read, rope_kinds=("linear", "yarn", "llama3")):
+    read.harmless("aux_loss_alpha", "seq_aux", "ep_size")
+    read.only("mlp_bias", False)
+    return {
+        **common.size_settings(read, epsilon=1e-6),
+        **common.rope_settings(read, kinds=rope_kinds),
+        "num_experts": read.integer("n_routed_experts"),
+        "num_shared_experts": read.integer("n_shared_experts", 0, minimum=0),
+        "top_k": read.integer("num_experts_per_tok"),
+        "expert_dim": read.integer("moe_intermediate_size"),
+        "dense_dim": read.integer("intermediate_size"),
+        "dense_first_layers": read.integer("first_k_dense_replace", 0, minimum=0),
+        "moe_every": read.integer("moe_layer_freq", 1),
+        "attention_bias": "all" if read.flag("attention_bias") else None,
+    }
+
+
+def _shared_config(s):
+    shared = common.shared_dim(s)
+    return {
+        **common.size_config(s),
+        **common.rope_config(s),
+        "n_routed_experts": s["num_experts"],
+        # Transformers knows the shared experts by their number alone.
+        "n_shared_experts": shared // s["expert_dim"] if shared else None,
+        "num_experts_per_tok": s["top_k"],
+        "moe_intermediate_size": s["expert_dim"],
+        "intermediate_size": s["dense_dim"] or s["expert_dim"],
+        "first_k_dense_replace": min(s["dense_first_layers"], s["num_layers"]),
+        "attention_bias": s["attention_bias"] == "all",
+    }
+
+
+def _deepseek_settings(read):
+    read.only("scoring_func", "softmax")
+    read.only("topk_method", "greedy")
+    read.only("routed_scaling_factor", 1.0)
+    return {
+        # The code that comes with the checkpoint knows no other scaling that we do.
+        **_shared_settings(read, rope_kinds=("linear",)),
+        "head_dim": read.integer("head_dim", None),
+        "normalize_gates": read.flag("norm_topk_prob"),
+    }
+
+
+DEEPSEEK = common.Family(
+    model_type="deepseek",
+    architecture=None,
+    settings=_deepseek_settings,
+    config=None,
+    entries=functools.partial(common.decoder, shared="shared_experts"),
+    ignored=common.may_be_ignored,
+)
+
+
+def _latent_settings(read):
+    heads = read.integer("num_attention_heads")
+    # Of what is cached there is one for all heads; the number must not say otherwise.
+    read.only("num_key_value_heads", heads)
+    # Transformers writes the rotated part's size here, and others nothing.
+    read.harmless("head_dim", "qk_head_dim")
+    return {
+        **_shared_settings(read),
+        "num_key_value_heads": heads,
+        "attention": "latent",
+        "head_dim": read.integer("qk_nope_head_dim"),
+        "rope_head_dim": read.integer("qk_rope_head_dim"),
+        "value_head_dim": read.integer("v_head_dim"),
+        "query_rank": read.integer("q_lora_rank", None),
+        "key_value_rank": read.integer("kv_lora_rank"),
+        "gate_scale": read.number("routed_scaling_factor", 1.0),
+    }
+
+
+def _latent_config(s):
+    return {
+        **_shared_config(s),
+        "num_key_value_heads": s["num_query_heads"],
+        "qk_nope_head_dim": s["head_dim"],
+        "qk_rope_head_dim": s["rope_head_dim"],
+        "v_head_dim": s["value_head_dim"],
+        "q_lora_rank": s["query_rank"],
+        "kv_lora_rank": s["key_value_rank"],
+        "routed_scaling_factor": s["gate_scale"],
+    }
+
+
+def _latent_attention(table, theirs, ours):
+    s = table.settings
+    features, heads = (s["hidden_dim"],), s["num_query_heads"]
+    plain, rotary, values = s["head_dim"], s["rope_head_dim"], s["value_head_dim"]
+    query_rank, rank = s["query_rank"], s["key_value_rank"]
+    bias = s["attention_bias"] == "all"
+    queries = (heads, plain + rotary)
+    if query_rank is None:
+        table.linear(
+            f"{theirs}.q_proj", f"{ours}.query", features, queries, rotary=rotary
+        )
+    else:
+        table.linear(
+            f"{theirs}.q_a_proj", f"{ours}.query_down", features, (query_rank,), bias
+        )
+        table.add(
+            f"{theirs}.q_a_layernorm.weight",
+            f"{ours}.query_down_norm.scale",
+            (query_rank,),
+        )
+        table.linear(
+            f"{theirs}.q_b_proj",
+            f"{ours}.query_up",
+            (query_rank,),
+            queries,
+            rotary=rotary,
+        )
+    table.linear(
+        f"{theirs}.kv_a_proj_with_mqa",
+        f"{ours}.key_value_down",
+        features,
+        (rank + rotary,),
+        bias,
+        rotary=rotary,
+    )
+    table.add(
+        f"{theirs}.kv_a_layernorm.weight", f"{ours}.key_value_down_norm.scale", (rank,)
+    )
+    table.linear(
+        f"{theirs}.kv_b_proj", f"{ours}.key_value_up", (rank,), (heads, plain + values)
+    )
+    table.linear(
+        f"{theirs}.o_proj", f"{ours}.output_dense", (heads, values), features, bias
+    )
+
+
+def _ignored(name, settings):
+    """Also the layers past the last, which predict several tokens at once."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    past = layer is not None and int(layer[1]) >= settings["num_layers"]
+    return past or common.may_be_ignored(name, settings)
+
+
+def _v2_settings(read):
+    # With it the published code leaves the gates unscaled, and Transformers does
+    # not read it: there is no one meaning to follow.
+    read.only("norm_topk_prob", False)
+    read.only("scoring_func", "softmax")
+    read.only("moe_layer_freq", 1)
+    method = read.get("topk_method", "greedy")
+    groups = {"expert_groups": 1, "top_k_groups": 1}
+    if method == "group_limited_greedy":
+        groups = {
+            "expert_groups": read.integer("n_group"),
+            "top_k_groups": read.integer("topk_group"),
+        }
+    elif method != "greedy":
+        read.refuse("topk_method", "'greedy' or 'group_limited_greedy'")
+    read.harmless("n_group", "topk_group")
+    return {
+        **_latent_settings(read),
+        **groups,
+        "group_scores": "max",
+        "scores": "softmax",
+        "normalize_gates": False,
+    }
+
+
+def _v2_config(s):
+    grouped = s["expert_groups"] > 1
+    return {
+        **_latent_config(s),
+        "norm_topk_prob": False,
+        "topk_method": "group_limited_greedy" if grouped else "greedy",
+        "n_group": s["expert_groups"] if grouped else None,
+        "topk_group": s["top_k_groups"] if grouped else None,
+    }
+
+
+def _latent_entries(settings):
+    return common.decoder(settings, _latent_attention, shared="shared_experts")
+
+
+DEEPSEEK_V2 = common.Family(
+    model_type="deepseek_v2",
+    architecture="DeepseekV2ForCausalLM",
+    settings=_v2_settings,
+    config=_v2_config,
+    entries=_latent_entries,
+    ignored=_ignored,
+)
+
+
+def _v3_settings(read):
+    read.only("scoring_func", "sigmoid")
+    read.only("topk_method", "noaux_tc")
+    read.only("moe_layer_freq", 1)
+    read.only("rope_interleave", True)
+    # Layers that predict several tokens at once, which generation can do without.
+    read.harmless("num_nextn_predict_layers", "num_mtp_layers", "quantization_config")
+    return {
+        **_latent_settings(read),
+        "scores": "sigmoid",
+        "normalize_gates": read.flag("norm_topk_prob", True),
+        "selection_bias": True,
+        "expert_groups": read.integer("n_group", 8),
+        "top_k_groups": read.integer("topk_group", 4),
+        "group_scores": "top_2",
+    }
+
+
+def _v3_config(s):
+    return {
+        **_latent_config(s),
+        "norm_topk_prob": common.normalizes(s),
+        "n_group": s["expert_groups"],
+        "topk_group": s["top_k_groups"],
+        "rope_interleave": True,
+        "num_nextn_predict_layers": 0,
+    }
+
+
+DEEPSEEK_V3 = common.Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    settings=_v3_settings,
+    config=_v3_config,
+    entries=_latent_entries,
+    ignored=_ignored,
+)

@@ -1,0 +1,47 @@
+"""Mixtral ([Jiang et al., 2024](https://arxiv.org/abs/2401.04088))."""
+
+from keras_moe.checkpoints.families import common
+
+
+def _settings(read):
+    sizes = common.size_settings(read, epsilon=1e-5)
+    return {
+        **sizes,
+        **common.rope_settings(read, theta=1e6),
+        "head_dim": read.integer("head_dim", None),
+        "sliding_window": read.integer("sliding_window", None),
+        "num_experts": read.integer("num_local_experts", 8),
+        "top_k": read.integer("num_experts_per_tok", 2),
+        "expert_dim": read.integer("intermediate_size"),
+        "normalize_gates": True,
+        "router_jitter": read.number("router_jitter_noise", 0.0),
+    }
+
+
+def _config(s):
+    return {
+        **common.size_config(s),
+        **common.rope_config(s),
+        "head_dim": common.head_dim(s),
+        "sliding_window": s["sliding_window"],
+        "num_local_experts": s["num_experts"],
+        "num_experts_per_tok": s["top_k"],
+        "intermediate_size": s["expert_dim"],
+        "router_jitter_noise": s["router_jitter"],
+    }
+
+
+def _entries(settings):
+    return common.decoder(
+        settings, block="block_sparse_moe", names=("w1", "w3", "w2")
+    )
+
+
+MIXTRAL = common.Family(
+    model_type="mixtral",
+    architecture="MixtralForCausalLM",
+    settings=_settings,
+    config=_config,
+    entries=_entries,
+    ignored=common.may_be_ignored,
+)

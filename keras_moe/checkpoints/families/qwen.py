@@ -1,0 +1,133 @@
+"""Qwen2-MoE and Qwen3-MoE.
+
+([Qwen Team, 2024](https://qwenlm.github.io/blog/qwen-moe/),
+[Yang et al., 2025](https://arxiv.org/abs/2505.09388))
+"""
+
+import functools
+
+from keras_moe.checkpoints.families import common
+
+
+def _shared_settings(read):
+    return {
+        **common.size_settings(read, epsilon=1e-6),
+        **common.rope_settings(read),
+        **common.dense_or_mixture(read),
+        "head_dim": read.integer("head_dim", None),
+        "num_experts": read.integer("num_experts"),
+        "top_k": read.integer("num_experts_per_tok"),
+        "expert_dim": read.integer("moe_intermediate_size"),
+        "dense_dim": read.integer("intermediate_size"),
+        "normalize_gates": read.flag("norm_topk_prob"),
+    }
+
+
+def _shared_config(s):
+    return {
+        **common.size_config(s),
+        **common.rope_config(s),
+        **common.qwen_pattern_config(s),
+        "head_dim": common.head_dim(s),
+        "num_experts": s["num_experts"],
+        "num_experts_per_tok": s["top_k"],
+        "moe_intermediate_size": s["expert_dim"],
+        "intermediate_size": s["dense_dim"] or s["expert_dim"],
+        "norm_topk_prob": common.normalizes(s),
+    }
+
+
+def _qwen2_window(read):
+    """The sliding window and the layers that have it, from three styles of keys."""
+    layers = read.integer("num_hidden_layers")
+    # Only layers of even index, among the first, where they are not listed.
+    last = read.integer("max_window_layers", 28, minimum=0)
+    types = read.get("layer_types")
+    in_use = read.flag("use_sliding_window")
+    window = read.integer("sliding_window", 4096, minimum=0)
+    if types is None:
+        sliding = [i for i in range(layers) if i % 2 == 0 and i < last]
+    elif len(types) == layers and set(types) <= _LAYER_TYPES:
+        sliding = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+    else:
+        read.refuse("layer_types", f"{layers} times one of {sorted(_LAYER_TYPES)}")
+    if not in_use or not window or not sliding:
+        if types is not None and sliding:
+            read.refuse("use_sliding_window", "true where `layer_types` has windows")
+        return {"sliding_window": None, "sliding_layers": None}
+    return {"sliding_window": window, "sliding_layers": sliding}
+
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def _qwen2_settings(read):
+    shared = _shared_settings(read)
+    return {
+        **shared,
+        **_qwen2_window(read),
+        "attention_bias": "query_key_value" if read.flag("qkv_bias", True) else None,
+        "num_shared_experts": 1,
+        "shared_expert_dim": read.integer("shared_expert_intermediate_size"),
+        "shared_expert_gate": True,
+    }
+
+
+def _qwen2_config(s):
+    window = s["sliding_window"]
+    sliding = range(s["num_layers"])
+    if s["sliding_layers"] is not None:
+        sliding = s["sliding_layers"]
+    return {
+        **_shared_config(s),
+        "qkv_bias": s["attention_bias"] == "query_key_value",
+        "shared_expert_intermediate_size": common.shared_dim(s),
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": s["num_layers"],
+        "layer_types": [
+            "sliding_attention" if window and layer in sliding else "full_attention"
+            for layer in range(s["num_layers"])
+        ],
+    }
+
+
+QWEN2_MOE = common.Family(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    settings=_qwen2_settings,
+    config=_qwen2_config,
+    entries=functools.partial(common.decoder, shared="shared_expert"),
+    ignored=common.may_be_ignored,
+)
+
+
+def _qwen3_settings(read):
+    # Here the window is that of all layers, whatever this says.
+    read.harmless("max_window_layers")
+    window = read.integer("sliding_window", None)
+    return {
+        **_shared_settings(read),
+        "sliding_window": window if read.flag("use_sliding_window") else None,
+        "attention_bias": "all" if read.flag("attention_bias") else None,
+        "query_key_norm": "head",
+    }
+
+
+def _qwen3_config(s):
+    return {
+        **_shared_config(s),
+        "use_sliding_window": s["sliding_window"] is not None,
+        "sliding_window": s["sliding_window"],
+        "attention_bias": s["attention_bias"] == "all",
+    }
+
+
+QWEN3_MOE = common.Family(
+    model_type="qwen3_moe",
+    architecture="Qwen3MoeForCausalLM",
+    settings=_qwen3_settings,
+    config=_qwen3_config,
+    entries=common.decoder,
+    ignored=common.may_be_ignored,
+)

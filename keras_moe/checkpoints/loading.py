@@ -1,0 +1,279 @@
+"""A checkpoint of Transformers becomes a backbone, a weight at a time."""
+
+import inspect
+import math
+import pathlib
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from keras_moe.checkpoints import memory, tables
+from keras_moe.checkpoints.config_reader import ConfigReader
+from keras_moe.checkpoints.families import find_family
+from keras_moe.checkpoints.shards import DTYPES, Shards, read_json
+from keras_moe.layers.initializers import skipped
+from keras_moe.ops import from_numpy
+
+_SCALE = "_scale_inv"  # of weights in float8, next to them
+
+
+def is_checkpoint(folder):
+    """Whether a folder's `config.json` is one of Transformers, and not of Keras."""
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        return False
+    config = read_json(path)
+    return "model_type" in config and "registered_name" not in config
+
+
+def read_settings(folder):
+    """The family of a checkpoint and the settings of its backbone.
+
+    Args:
+        folder: path of a folder with a `config.json` of Transformers.
+
+    Returns:
+        `(Family, settings)`.
+
+    Raises:
+        ValueError: for broken JSON, an unknown `model_type`, and for a key whose
+            value is not implemented.
+    """
+    config = read_json(pathlib.Path(folder) / "config.json")
+    family = find_family(config)
+    read = ConfigReader(config)
+    _check_quantization(read)
+    settings = family.settings(read)
+    read.finish()
+    return family, settings
+
+
+def load_backbone(backbone_cls, folder, settings, dtype=None, verbose=None, **kwargs):
+    """Builds a backbone from a checkpoint and fills in its weights.
+
+    All files' headers are checked against the settings before anything is built.
+    Then one weight after another is read, laid out and assigned, so that memory
+    holds the model and little more.
+
+    Args:
+        backbone_cls: `MoEBackbone`.
+        folder: path of the checkpoint.
+        settings: dict that overrides what `config.json` says.
+        dtype: dtype policy of the backbone, whatever the checkpoint's dtype is.
+        verbose: bool or None, whether a progress bar is shown on stderr; None for
+            in a terminal only.
+        **kwargs: `name`, `trainable`.
+
+    Returns:
+        A backbone.
+
+    Raises:
+        ValueError: for tensors that are missing, left over, or of another shape or
+            dtype than can be read, and for what `Shards` and `read_settings`
+            refuse.
+        FileNotFoundError: where shards are missing.
+        MemoryError: for a model that memory cannot hold.
+    """
+    family, found = read_settings(folder)
+    settings = {**found, **settings}
+    complete = complete_settings(backbone_cls, settings)
+    entries = family.entries(complete)
+    with Shards(folder) as shards:
+        _check_tensors(shards, entries, family, complete)
+        memory.check_room(entries, dtype)
+        block = _block_size(folder)
+        with skipped():
+            backbone = backbone_cls(**_known(settings), dtype=dtype, **kwargs)
+        _assign_all(backbone, shards, entries, block, verbose)
+    return backbone
+
+
+def _assign_all(backbone, shards, entries, block, verbose):
+    parts = tables.weights(entries)
+    variables = {path: tables.find_weight(backbone, path) for path in parts}
+    _check_complete(backbone, variables)
+    # As they lie in the files, so that each file is read once and in order.
+    order = sorted(parts, key=lambda path: shards.position(parts[path][0].name))
+    total = sum(math.prod(variable.shape) for variable in variables.values())
+    disable = None if verbose is None else not verbose
+    with tqdm(
+        total=total, unit=" weights", unit_scale=True, disable=disable
+    ) as progress:
+        for path in order:
+            _assign(variables[path], shards, parts[path], block)
+            progress.update(math.prod(variables[path].shape))
+
+
+def _assign(variable, shards, entries, block):
+    whole = np.empty(tables.weight_shape(entries), numpy_dtype(variable.dtype))
+    if whole.shape != tuple(variable.shape):
+        raise ValueError(
+            f"The weight {variable.path!r} must have the shape {whole.shape}. "
+            f"Received: {tuple(variable.shape)}"
+        )
+    for entry in entries:
+        rows = None if entry.row is None else entry.part_shape[0]
+        part = shards.read(entry.name, entry.row, rows)
+        if shards.dtype_name(entry.name) == "F8_E4M3":
+            part = _dequantise(part, shards.read(entry.name + _SCALE), block)
+        target = whole if entry.index is None else whole[entry.index]
+        target[...] = entry.to_weight(_cast(part, whole.dtype))
+    variable.assign(from_numpy(whole))
+
+
+def _cast(array, dtype):
+    """`array` in another dtype, fast where NumPy is slow."""
+    if array.dtype == dtype:
+        return array
+    if array.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
+        # A bfloat16 is the upper half of a float32.
+        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return array.astype(dtype)
+
+
+def _dequantise(part, scales, block):
+    rows, columns = (
+        np.minimum(np.arange(size) // width, count - 1)
+        for size, width, count in zip(part.shape, block, scales.shape, strict=True)
+    )
+    return part.astype(np.float32) * scales.astype(np.float32)[rows][:, columns]
+
+
+def complete_settings(backbone_cls, settings):
+    """Settings with the defaults of all that they do not mention."""
+    parameters = inspect.signature(backbone_cls.__init__).parameters.values()
+    defaults = {
+        p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty
+    }
+    return {**NOT_YET, **defaults, **settings}
+
+
+def _known(settings):
+    return {
+        key: value
+        for key, value in settings.items()
+        if key not in NOT_YET or value != NOT_YET[key]
+    }
+
+
+NOT_YET = {
+    "attention": "grouped_query",
+    "query_rank": None,
+    "key_value_rank": None,
+    "rope_head_dim": None,
+    "value_head_dim": None,
+    "attention_bias": None,
+    "query_key_norm": None,
+    "clip_query_key_value": None,
+    "attention_soft_cap": None,
+    "sliding_window": None,
+    "sliding_layers": None,
+    "rope_scaling": None,
+    "shared_expert_gate": False,
+    "shared_expert_dim": None,
+    "selection_bias": False,
+    "expert_groups": 1,
+    "top_k_groups": 1,
+    "group_scores": "top_2",
+    "gate_scale": 1.0,
+    "output_norms": False,
+    "embedding_multiplier": 1.0,
+    "output_multiplier": 1.0,
+}
+
+
+def numpy_dtype(name):
+    """The dtype of NumPy, bfloat16 among them, by its Keras name."""
+    return np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+
+
+def _check_complete(backbone, variables):
+    """Every weight of the backbone gets its values, each once."""
+    named = {id(variable) for variable in variables.values()}
+    left = [v.path for v in backbone.weights if id(v) not in named]
+    if left or len(named) != len(variables):
+        raise ValueError(
+            "The checkpoint's family must name every weight of the backbone once. "
+            f"Received: settings that leave {', '.join(left) or 'none'} out"
+        )
+
+
+def _check_tensors(shards, entries, family, settings):
+    wanted = tables.tensors(entries)
+    missing = [name for name in wanted if name not in shards]
+    if missing:
+        raise ValueError(
+            f"The checkpoint must hold every tensor of its model. Received: one "
+            f"without {_some(missing)}"
+        )
+    scales = set()
+    for name, (shape, _) in wanted.items():
+        dtype = shards.dtype_name(name)
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"Tensors must have a dtype of {', '.join(DTYPES)}. Received: "
+                f"{dtype} for {name!r} in {shards.file_name(name)!r}"
+            )
+        if shards.shape(name) != shape:
+            raise ValueError(
+                f"The tensor {name!r} must have the shape {shape}, by `config.json` "
+                f"and the settings given. Received: {shards.shape(name)} in "
+                f"{shards.file_name(name)!r}"
+            )
+        if dtype == "F8_E4M3":
+            _check_scale(shards, name)
+            scales.add(name + _SCALE)
+    left = [
+        name
+        for name in shards.names()
+        if name not in wanted
+        and name not in scales
+        and not family.ignored(name, settings)
+    ]
+    if left:
+        raise ValueError(
+            "The checkpoint must hold no tensors but those of its model. Received: "
+            f"{_some(sorted(left))} as well"
+        )
+
+
+def _check_scale(shards, name):
+    scale = name + _SCALE
+    if scale not in shards or len(shards.shape(scale)) != len(shards.shape(name)):
+        raise ValueError(
+            f"A tensor in float8 must come with its scales. Received: {name!r} "
+            f"without a fitting {scale!r}"
+        )
+
+
+def _check_quantization(read):
+    quantization = read.get("quantization_config", {})
+    if not quantization:
+        return
+    if (
+        not isinstance(quantization, dict)
+        or quantization.get("quant_method") != "fp8"
+        or quantization.get("fmt", "e4m3") != "e4m3"
+        or not _is_block(quantization.get("weight_block_size"))
+    ):
+        read.refuse("quantization_config", "fp8 (e4m3) in blocks of weights")
+
+
+def _is_block(value):
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(isinstance(size, int) and size > 0 for size in value)
+    )
+
+
+def _block_size(folder):
+    config = read_json(pathlib.Path(folder) / "config.json")
+    return (config.get("quantization_config") or {}).get("weight_block_size")
+
+
+def _some(names):
+    shown = ", ".join(map(repr, names[:3]))
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+

@@ -1,0 +1,97 @@
+"""Whether there is room for a model, asked before anything is allocated."""
+
+import math
+import os
+import pathlib
+
+import keras
+
+from keras_moe.checkpoints import tables
+
+_LIMITS = (  # of the control group this process is in: version 2, version 1
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+_CONTROL_GROUPS = pathlib.Path("/sys/fs/cgroup")
+
+
+def check_room(entries, dtype):
+    """Raises where the weights of `entries` need more memory than there is.
+
+    Nothing is asked of a model spread over devices by `keras.distribution`, or
+    where free memory is not known.
+
+    Raises:
+        MemoryError: quoting parameters, dtype, what is needed and what is there.
+    """
+    if keras.distribution.distribution() is not None:
+        return
+    count, needed, name = plan_weights(entries, dtype)
+    room = available_bytes()
+    if room is not None and needed > room:
+        raise MemoryError(
+            f"The model's {count / 1e9:.3g} billion parameters take "
+            f"{_gigabytes(needed)} in {name}, and {_gigabytes(room)} of memory are "
+            "available. Choose a smaller `dtype`, such as 'bfloat16', or a larger "
+            "machine."
+        )
+
+
+def plan_weights(entries, dtype):
+    """Parameters, bytes and dtype of a model's weights.
+
+    Returns:
+        `(parameters, bytes, dtype name)`.
+    """
+    name = keras.dtype_policies.get(dtype).variable_dtype
+    size = 4 if name == "float32" else 2
+    count = sum(
+        math.prod(tables.weight_shape(parts))
+        for parts in tables.weights(entries).values()
+    )
+    return count, count * size, name
+
+
+def available_bytes():
+    """Memory that can still be taken, or None where that cannot be known."""
+    rooms = [room for room in (_machine_room(), _control_group_room()) if room]
+    return min(rooms, default=None)
+
+
+def _machine_room():
+    try:
+        import psutil
+    except ImportError:
+        pass
+    else:
+        return psutil.virtual_memory().available
+    try:
+        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _control_group_room():
+    """What the container or job that this process runs in may still take."""
+    for limit, usage, statistics, reclaimable in _LIMITS:
+        try:
+            limit = int((_CONTROL_GROUPS / limit).read_text())
+            usage = int((_CONTROL_GROUPS / usage).read_text())
+            text = (_CONTROL_GROUPS / statistics).read_text()
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+        cached = dict(line.split() for line in text.splitlines()).get(reclaimable, 0)
+        return max(limit - usage + int(cached), 0)
+    return None
+
+
+def _gigabytes(count):
+    return f"{count / 1e9:.3g} GB"
