@@ -22,6 +22,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _OF_TRAINING = (
     "balance_choices",
     "balance_loss",
+    "bias_update_rate",
     "dropout",
     "initializer_stddev",
     "recompute",
@@ -77,7 +78,9 @@ def export_to_transformers(
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(
-        tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent)
+        tempfile.mkdtemp(
+            prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent
+        )
     )
     try:
         temporary.chmod(0o777 & ~_umask())

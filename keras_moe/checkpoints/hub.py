@@ -49,7 +49,7 @@ def fetch(handle, weights=True, revision=None, token=None):
     repository, revision = parse_handle(handle, revision)
 
     def download(files):
-        return _download(handle, repository, revision, token, files)
+        return _download(handle, repository, revision, token, list(files))
 
     folder = download(_SMALL_FILES)
     if not (folder / "config.json").is_file():
@@ -68,6 +68,12 @@ def fetch(handle, weights=True, revision=None, token=None):
     return folder
 
 
+def fetch_all(handle, revision=None, token=None):
+    """Downloads all files of a repository; arguments and errors as for `fetch`."""
+    repository, revision = parse_handle(handle, revision)
+    return _download(handle, repository, revision, token, None)
+
+
 def parse_handle(handle, revision=None):
     """The repository and the revision that a handle names.
 
@@ -80,7 +86,12 @@ def parse_handle(handle, revision=None):
             "`revision` must not contradict the handle's own. Received: "
             f"preset={handle!r}, revision={revision!r}"
         )
-    if repository.count("/") != 1 or not all(repository.split("/")) or at and not within:
+    if (
+        repository.count("/") != 1
+        or not all(repository.split("/"))
+        or at
+        and not within
+    ):
         raise ValueError(
             "`preset` must be a handle such as 'hf://user/model' or "
             f"'hf://user/model@revision'. Received: preset={handle!r}"
@@ -96,7 +107,7 @@ def _download(handle, repository, revision, token, files):
             repository,
             revision=revision,
             token=token,
-            allow_patterns=list(files),
+            allow_patterns=files,
             # The library reads it once, when it is imported.
             endpoint=os.environ.get("HF_ENDPOINT"),
         )

@@ -49,7 +49,9 @@ def read_settings(folder):
     return family, settings
 
 
-def load_backbone(backbone_cls, folder, settings, dtype=None, verbose=None, **kwargs):
+def load_backbone(
+    backbone_cls, folder, load_weights=True, dtype=None, verbose=None, **kwargs
+):
     """Builds a backbone from a checkpoint and fills in its weights.
 
     All files' headers are checked against the settings before anything is built.
@@ -59,11 +61,12 @@ def load_backbone(backbone_cls, folder, settings, dtype=None, verbose=None, **kw
     Args:
         backbone_cls: `MoEBackbone`.
         folder: path of the checkpoint.
-        settings: dict that overrides what `config.json` says.
+        load_weights: bool, False for the settings alone, with random weights.
         dtype: dtype policy of the backbone, whatever the checkpoint's dtype is.
         verbose: bool or None, whether a progress bar is shown on stderr; None for
             in a terminal only.
-        **kwargs: `name`, `trainable`.
+        **kwargs: settings that override what `config.json` says, `name`,
+            `trainable`.
 
     Returns:
         A backbone.
@@ -75,17 +78,18 @@ def load_backbone(backbone_cls, folder, settings, dtype=None, verbose=None, **kw
         FileNotFoundError: where shards are missing.
         MemoryError: for a model that memory cannot hold.
     """
-    family, found = read_settings(folder)
-    settings = {**found, **settings}
+    family, settings = read_settings(folder)
+    settings.update(kwargs)
+    if not load_weights:
+        return backbone_cls(**settings, dtype=dtype)
     complete = complete_settings(backbone_cls, settings)
     entries = family.entries(complete)
     with Shards(folder) as shards:
         _check_tensors(shards, entries, family, complete)
         memory.check_room(entries, dtype)
-        block = _block_size(folder)
         with skipped():
-            backbone = backbone_cls(**_known(settings), dtype=dtype, **kwargs)
-        _assign_all(backbone, shards, entries, block, verbose)
+            backbone = backbone_cls(**settings, dtype=dtype)
+        _assign_all(backbone, shards, entries, _block_size(folder), verbose)
     return backbone
 
 
@@ -144,43 +148,11 @@ def complete_settings(backbone_cls, settings):
     """Settings with the defaults of all that they do not mention."""
     parameters = inspect.signature(backbone_cls.__init__).parameters.values()
     defaults = {
-        p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty
+        p.name: p.default
+        for p in parameters
+        if p.default is not inspect.Parameter.empty
     }
-    return {**NOT_YET, **defaults, **settings}
-
-
-def _known(settings):
-    return {
-        key: value
-        for key, value in settings.items()
-        if key not in NOT_YET or value != NOT_YET[key]
-    }
-
-
-NOT_YET = {
-    "attention": "grouped_query",
-    "query_rank": None,
-    "key_value_rank": None,
-    "rope_head_dim": None,
-    "value_head_dim": None,
-    "attention_bias": None,
-    "query_key_norm": None,
-    "clip_query_key_value": None,
-    "attention_soft_cap": None,
-    "sliding_window": None,
-    "sliding_layers": None,
-    "rope_scaling": None,
-    "shared_expert_gate": False,
-    "shared_expert_dim": None,
-    "selection_bias": False,
-    "expert_groups": 1,
-    "top_k_groups": 1,
-    "group_scores": "top_2",
-    "gate_scale": 1.0,
-    "output_norms": False,
-    "embedding_multiplier": 1.0,
-    "output_multiplier": 1.0,
-}
+    return {**defaults, **settings}
 
 
 def numpy_dtype(name):
@@ -276,4 +248,3 @@ def _block_size(folder):
 def _some(names):
     shown = ", ".join(map(repr, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-

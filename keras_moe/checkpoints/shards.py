@@ -170,8 +170,7 @@ def _check_shard_name(folder, name):
         )
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"{INDEX!r} names the file {name!r}, which is missing from "
-            f"{str(folder)!r}."
+            f"{INDEX!r} names the file {name!r}, which is missing from {str(folder)!r}."
         )
 
 

@@ -10,7 +10,11 @@ from keras_moe.checkpoints.shards import read_json
 
 BYTE_PAIR = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
-_TOKENS = {"start_token": "bos_token", "end_token": "eos_token", "pad_token": "pad_token"}
+_TOKENS = {
+    "start_token": "bos_token",
+    "end_token": "eos_token",
+    "pad_token": "pad_token",
+}
 
 
 def has_tokenizer(folder):

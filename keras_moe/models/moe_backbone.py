@@ -9,7 +9,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_moe import checks
+from keras_moe import checkpoints, checks
 from keras_moe.layers import (
     DecoderBlock,
     FeedForward,
@@ -18,6 +18,7 @@ from keras_moe.layers import (
     MixtureOfExperts,
 )
 from keras_moe.layers.decoder_block import normalization
+from keras_moe.layers.initializers import fresh
 from keras_moe.models import presets
 from keras_moe.models._keras_hub import classproperty
 from keras_moe.models.compression import warn_experts_left
@@ -273,7 +274,7 @@ class MoEBackbone(keras_hub.models.Backbone):
             vocabulary_size,
             hidden_dim,
             tie_weights=tied_embeddings,
-            embeddings_initializer=initializer,
+            embeddings_initializer=fresh(initializer),
             dtype=dtype,
             name="token_embedding",
         )
@@ -346,26 +347,65 @@ class MoEBackbone(keras_hub.models.Backbone):
         return presets.descriptions()
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """Builds a backbone from a preset.
+    def from_preset(
+        cls,
+        preset,
+        load_weights=True,
+        revision=None,
+        token=None,
+        verbose=None,
+        **kwargs,
+    ):
+        """Builds a backbone from a preset, or from a checkpoint of Transformers.
 
         Args:
-            preset: str: the name of a preset (see `MoEBackbone.presets`), or a
-                local folder or a handle as KerasHub accepts them.
-            load_weights: bool. A published architecture whose weights are not
-                here needs False, for random weights.
+            preset: str: the name of a preset (see `MoEBackbone.presets`), a local
+                folder, or a handle as KerasHub accepts them. A folder or a
+                repository `"hf://user/model"` may also hold a checkpoint of
+                Transformers (`config.json` and safetensors), and a preset may
+                have its weights in such a repository: they are fetched.
+            load_weights: bool, False for random weights.
+            revision: str or None: a branch, tag or commit of the repository, which
+                `"hf://user/model@revision"` may name as well.
+            token: str or None: who asks the hub; None for the token that is logged
+                in or in `HF_TOKEN`.
+            verbose: bool or None: a progress bar as a checkpoint is converted; None
+                shows one in a terminal.
             **kwargs: settings to override, such as `dtype`, `num_layers` or
                 `dropout`. With weights, those that change none of them.
 
         Raises:
             ValueError: for an unknown preset, weights that do not exist or fit,
-                and broken JSON.
+                broken JSON or files, and a checkpoint of a model that the layers
+                do not compute.
+            FileNotFoundError: for a folder in which a file is missing.
+            MemoryError: for a checkpoint that there is no room for.
+            PermissionError: for a repository that the token may not read.
+            ConnectionError: where the hub cannot be reached.
         """
-        folder = presets.preset_folder(preset, load_weights)
+        folder = presets.preset_folder(preset, load_weights, revision, token)
+        if presets.is_checkpoint(folder):
+            kwargs = {**presets.training_settings(preset), **kwargs}
+            return checkpoints.load_backbone(
+                cls, folder, load_weights, verbose=verbose, **kwargs
+            )
         backbone = super().from_preset(folder, load_weights=load_weights, **kwargs)
         if load_weights:
             presets.check_weights(folder, backbone)
         return backbone
+
+    def export_to_transformers(
+        self, path, dtype=None, max_shard_size="5GB", overwrite=False
+    ):
+        """Writes a folder for Transformers: see `checkpoints.export_to_transformers`.
+
+        Args:
+            path: path of the folder to make.
+            dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None for the weights'.
+            max_shard_size: int, in bytes, or str such as `"5GB"`.
+            overwrite: bool, whether a folder that exists is replaced.
+        """
+        checkpoints.export_to_transformers(self, path, dtype, max_shard_size, overwrite)
 
     def enable_lora(self, rank, target_layer_names=None):
         """As KerasHub's; experts take no part yet, and a warning says so."""

@@ -4,10 +4,10 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_moe import checks
+from keras_moe import checkpoints, checks
+from keras_moe.models import presets
 from keras_moe.models.moe_backbone import MoEBackbone
 from keras_moe.models.moe_tokenizer import MoETokenizer
-from keras_moe.models.presets import preset_folder
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -105,10 +105,16 @@ class MoECausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
         Args:
             preset: str. A preset's name, a local folder, or a handle such as
-                `"hf://user/name"`.
+                `"hf://user/name"`. A checkpoint of Transformers will do as well.
             **kwargs: Arguments of the constructor that replace the preset's.
         """
-        return super().from_preset(preset_folder(preset), **kwargs)
+        folder = presets.preset_folder(preset, tokenizer=True)
+        if presets.is_checkpoint(folder):
+            kwargs = {**checkpoints.read_preprocessing(folder), **kwargs}
+            if "tokenizer" not in kwargs:
+                kwargs["tokenizer"] = cls.tokenizer_cls.from_preset(folder)
+            return cls(**kwargs)
+        return super().from_preset(folder, **kwargs)
 
 
 def _check_texts(x, sequence_length):

@@ -10,6 +10,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from keras_moe import checkpoints
+from keras_moe.models import presets
 from keras_moe.models._keras_hub import (
     canonicalize_python_token_inputs,
     find_tokenizer_asset,
@@ -18,7 +20,6 @@ from keras_moe.models._keras_hub import (
     strings_to_ids,
 )
 from keras_moe.models.moe_backbone import MoEBackbone
-from keras_moe.models.presets import preset_folder
 
 SENTENCEPIECE_FILE = "vocabulary.spm"
 BYTE_PAIR_FILE = "tokenizer.json"
@@ -324,10 +325,13 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
 
         Args:
             preset: str. A preset's name, a local folder, or a handle such as
-                `"hf://user/name"`.
+                `"hf://user/name"`. A checkpoint of Transformers will do as well.
             **kwargs: Arguments of the constructor that replace the preset's.
         """
-        return super().from_preset(preset_folder(preset), **kwargs)
+        folder = presets.preset_folder(preset, tokenizer=True)
+        if presets.is_checkpoint(folder):
+            return cls(**{**checkpoints.read_tokenizer(folder), **kwargs})
+        return super().from_preset(folder, **kwargs)
 
 
 class _SentencePiece:

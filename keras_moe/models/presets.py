@@ -12,6 +12,13 @@ import pathlib
 
 import h5py
 
+from keras_moe.checkpoints import hub, tokenizer_files
+from keras_moe.checkpoints.loading import is_checkpoint
+from keras_moe.checkpoints.shards import read_json as _read_json
+from keras_moe.models._keras_hub import preset_has_file
+
+__all__ = ["is_checkpoint"]
+
 ROOT = pathlib.Path(__file__).parent.parent / "presets"
 WEIGHTS = "model.weights.h5"
 SHARDED_WEIGHTS = "model.weights.json"
@@ -75,13 +82,19 @@ def has_weights(folder):
     return any((pathlib.Path(folder) / f).exists() for f in (WEIGHTS, SHARDED_WEIGHTS))
 
 
-def preset_folder(preset, load_weights=False):
+def preset_folder(
+    preset, load_weights=False, revision=None, token=None, tokenizer=False
+):
     """The folder of a preset, checked as far as that costs little.
 
     Args:
-        preset: str: a preset's name, a local folder, or a handle such as
-            `"hf://user/model"`, which is returned as it came.
+        preset: str: a preset's name, a local folder, or a handle. A checkpoint of
+            Transformers on the hub, `"hf://user/model"` or one that a preset names,
+            is fetched; other handles are returned as they came.
         load_weights: bool, whether weights must be there.
+        revision: str or None, a branch, tag or commit on the hub.
+        token: str or None, for the hub.
+        tokenizer: bool, whether a tokenizer must be there.
 
     Returns:
         str: a path or a handle.
@@ -96,7 +109,10 @@ def preset_folder(preset, load_weights=False):
             "`preset` must be a preset's name, a folder or a handle. "
             f"Received: preset={preset!r}"
         )
+    if str(preset).startswith(hub.PREFIX):
+        return _fetched(preset, load_weights, revision, token)
     if "://" in str(preset):
+        _check_no_hub(revision, token, preset)
         return preset
     folder = ROOT / preset if str(preset) in names() else pathlib.Path(preset)
     if not folder.is_dir():
@@ -107,11 +123,60 @@ def preset_folder(preset, load_weights=False):
             f"handle such as 'hf://user/model'.{hint} Received: preset={str(preset)!r}"
         )
     _check_files(folder)
+    if is_checkpoint(folder):
+        _check_no_hub(revision, token, preset)
+        return str(folder)  # what its weights are like is seen as they are read
+    checkpoint = None
+    if (folder / "preset.json").exists() and str(preset) in names():
+        checkpoint = _read_json(folder / "preset.json").get("checkpoint")
+    wanted = load_weights and not has_weights(folder)
+    wanted = wanted or (tokenizer and not has_tokenizer(folder))
+    if wanted and checkpoint:
+        return _fetched(hub.PREFIX + checkpoint, load_weights, revision, token)
+    _check_no_hub(revision, token, preset)
     if load_weights:
         if not has_weights(folder):
             raise ValueError(_no_weights(preset, folder))
         _check_hdf5(folder)
     return str(folder)
+
+
+def _fetched(handle, load_weights, revision, token):
+    """The local folder of a checkpoint on the hub, or the handle of a Keras preset."""
+    folder = hub.fetch(str(handle), load_weights, revision, token)
+    if is_checkpoint(folder):
+        return str(folder)
+    if hub.parse_handle(handle, revision)[1] or token:
+        # KerasHub takes neither.
+        return str(hub.fetch_all(handle, revision, token))
+    return handle
+
+
+def _check_no_hub(revision, token, preset):
+    for name, value in (("revision", revision), ("token", token)):
+        if value is not None:
+            raise ValueError(
+                f"`{name}` needs a preset on the Hugging Face hub. Received: "
+                f"preset={str(preset)!r}, {name}={'...' if name == 'token' else value}"
+            )
+
+
+def has_tokenizer(folder):
+    """Whether a preset's folder, or a handle, holds a tokenizer."""
+    if is_checkpoint(folder):
+        return tokenizer_files.has_tokenizer(folder)
+    return preset_has_file(str(folder), "tokenizer.json")
+
+
+def training_settings(preset):
+    """Settings of a preset by name that no checkpoint states: those of training."""
+    if str(preset) not in names():
+        return {}
+    config = _read_json(ROOT / preset / "config.json")["config"]
+    return {name: config[name] for name in _OF_TRAINING if name in config}
+
+
+_OF_TRAINING = ("balance_loss", "balance_choices", "bias_update_rate", "z_loss")
 
 
 def check_weights(folder, model):
@@ -204,35 +269,12 @@ def _shards(folder):
     return sorted(found)
 
 
-def _read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{str(path)!r} must be valid JSON. Received: {error}"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{str(path)!r} must hold a JSON object. "
-            f"Received: a {type(content).__name__}"
-        )
-    return content
-
-
 def _no_weights(preset, folder):
     message = (
         f"The preset {str(preset)!r} holds no weights. For this architecture with "
         "random weights pass `load_weights=False`."
     )
-    checkpoint = None
-    if (folder / "preset.json").exists():
-        checkpoint = _read_json(folder / "preset.json").get("checkpoint")
-    if checkpoint:
-        message += (
-            f" Trained weights are published as {checkpoint!r}; they cannot be "
-            "converted by this version yet."
-        )
-    elif str(preset) in names():
+    if str(preset) in names():
         message += " No trained weights of it have been published."
     trained = [name for name in names() if has_weights(ROOT / name)]
     if trained:

@@ -238,7 +238,10 @@ def embeddings(table, embedding="model.embed_tokens", norm="model.norm"):
     table.add(f"{embedding}.weight", "token_embedding.embeddings", shape)
     if not s["tied_embeddings"]:
         table.add(
-            "lm_head.weight", "token_embedding.reverse_embeddings", shape[::-1], inputs=1
+            "lm_head.weight",
+            "token_embedding.reverse_embeddings",
+            shape[::-1],
+            inputs=1,
         )
     table.norm(norm, "layer_norm")
 
@@ -272,7 +275,9 @@ def attention(table, theirs, ours):
     if s["query_key_norm"]:
         for letter, name, count in (("q", "query", heads), ("k", "key", groups)):
             wide = count * size if s["query_key_norm"] == "full" else size
-            table.add(f"{theirs}.{letter}_norm.weight", f"{ours}.{name}_norm.scale", (wide,))
+            table.add(
+                f"{theirs}.{letter}_norm.weight", f"{ours}.{name}_norm.scale", (wide,)
+            )
 
 
 def feed_forward(table, theirs, ours, hidden, names=GATED):
@@ -309,10 +314,15 @@ def mixture(table, theirs, ours, names=GATED, shared=None):
                 index=expert,
             )
     if shared is not None and shared_dim(s):
-        feed_forward(table, f"{theirs}.{shared}", f"{ours}.shared_experts", shared_dim(s))
+        feed_forward(
+            table, f"{theirs}.{shared}", f"{ours}.shared_experts", shared_dim(s)
+        )
     if s["shared_expert_gate"]:
         table.linear(
-            f"{theirs}.shared_expert_gate", f"{ours}.shared_expert_gate", (features,), (1,)
+            f"{theirs}.shared_expert_gate",
+            f"{ours}.shared_expert_gate",
+            (features,),
+            (1,),
         )
 
 
@@ -346,4 +356,3 @@ def may_be_ignored(name, settings):
     return (name == "lm_head.weight" and settings["tied_embeddings"]) or name.endswith(
         ".rotary_emb.inv_freq"
     )
-

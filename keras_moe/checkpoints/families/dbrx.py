@@ -117,9 +117,7 @@ def _attention(table, theirs, ours):
 def _mixture(table, theirs, ours):
     s = table.settings
     features, hidden, experts = s["hidden_dim"], s["expert_dim"], s["num_experts"]
-    table.linear(
-        f"{theirs}.router.layer", f"{ours}.router", (features,), (experts,)
-    )
+    table.linear(f"{theirs}.router.layer", f"{ours}.router", (features,), (experts,))
     for theirs_name, name in (("w1", "gate"), ("v1", "up"), ("w2", "down")):
         # The down projection lies the other way round than a linear layer's.
         down = name == "down"

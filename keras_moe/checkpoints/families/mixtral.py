@@ -32,9 +32,7 @@ def _config(s):
 
 
 def _entries(settings):
-    return common.decoder(
-        settings, block="block_sparse_moe", names=("w1", "w3", "w2")
-    )
+    return common.decoder(settings, block="block_sparse_moe", names=("w1", "w3", "w2"))
 
 
 MIXTRAL = common.Family(
