@@ -7,7 +7,6 @@ a backbone), and where they exist `model.weights.h5`, `preprocessor.json`,
 
 import difflib
 import functools
-import json
 import pathlib
 
 import h5py

@@ -4,6 +4,7 @@ Shapes: D `hidden_dim`, H query heads, G key-value heads, d `head_dim`, E expert
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 from keras_moe.checkpoints.config_reader import ACTIVATIONS, as_number
@@ -175,6 +176,13 @@ def rope_config(s):
     return config
 
 
+def count_of_experts(read, *keys):
+    """E, under any of the names that releases of Transformers write it by."""
+    read.harmless(*keys)
+    given = [key for key in keys if read.get(key) is not None]
+    return read.integer(given[0] if given else keys[0])
+
+
 def dense_or_mixture(read, step_key="decoder_sparse_step"):
     """Which layers are mixtures, from Qwen's keys."""
     layers = read.integer("num_hidden_layers")
@@ -274,9 +282,13 @@ def attention(table, theirs, ours):
     )
     if s["query_key_norm"]:
         for letter, name, count in (("q", "query", heads), ("k", "key", groups)):
-            wide = count * size if s["query_key_norm"] == "full" else size
+            # Over a head, one weight for all of them, or over all heads together.
+            shape = (count, size) if s["query_key_norm"] == "full" else (size,)
             table.add(
-                f"{theirs}.{letter}_norm.weight", f"{ours}.{name}_norm.scale", (wide,)
+                f"{theirs}.{letter}_norm.weight",
+                f"{ours}.{name}_norm.scale",
+                shape,
+                tensor_shape=(math.prod(shape),),
             )
 
 

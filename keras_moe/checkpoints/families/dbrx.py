@@ -14,8 +14,9 @@ def _settings(read):
     ffn = _part(read, "ffn_config")
     heads = read.integer("n_heads")
     read.only("tie_word_embeddings", False)
-    # Nothing is dropped from the embeddings, whatever this says.
-    read.harmless("emb_pdrop")
+    # Nothing is dropped from the embeddings, whatever this says, and the other stands
+    # within the attention's.
+    read.harmless("emb_pdrop", "num_key_value_heads")
     activation = ffn.get("ffn_act_fn", {"name": "silu"})
     if not isinstance(activation, dict) or set(activation) != {"name"}:
         ffn.refuse("ffn_act_fn", "an activation's name alone")

@@ -17,7 +17,9 @@ def _shared_settings(read, rope_kinds=("linear", "yarn", "llama3")):
     return {
         **common.size_settings(read, epsilon=1e-6),
         **common.rope_settings(read, kinds=rope_kinds),
-        "num_experts": read.integer("n_routed_experts"),
+        "num_experts": common.count_of_experts(
+            read, "n_routed_experts", "num_experts", "num_local_experts"
+        ),
         "num_shared_experts": read.integer("n_shared_experts", 0, minimum=0),
         "top_k": read.integer("num_experts_per_tok"),
         "expert_dim": read.integer("moe_intermediate_size"),
@@ -74,7 +76,7 @@ def _latent_settings(read):
     read.harmless("head_dim", "qk_head_dim")
     return {
         **_shared_settings(read),
-        "num_key_value_heads": heads,
+        "num_key_value_heads": None,
         "attention": "latent",
         "head_dim": read.integer("qk_nope_head_dim"),
         "rope_head_dim": read.integer("qk_rope_head_dim"),

@@ -10,7 +10,9 @@ def _settings(read):
         **common.rope_settings(read, theta=1e6),
         "head_dim": read.integer("head_dim", None),
         "sliding_window": read.integer("sliding_window", None),
-        "num_experts": read.integer("num_local_experts", 8),
+        "num_experts": common.count_of_experts(
+            read, "num_local_experts", "num_experts"
+        ),
         "top_k": read.integer("num_experts_per_tok", 2),
         "expert_dim": read.integer("intermediate_size"),
         "normalize_gates": True,

@@ -11,7 +11,9 @@ def _settings(read):
         "attention_bias": "all" if read.flag("attention_bias") else None,
         "query_key_norm": "full",
         "clip_query_key_value": read.number("clip_qkv", None),
-        "num_experts": read.integer("num_experts"),
+        "num_experts": common.count_of_experts(
+            read, "num_experts", "num_local_experts"
+        ),
         "top_k": read.integer("num_experts_per_tok"),
         "expert_dim": read.integer("intermediate_size"),
         "normalize_gates": read.flag("norm_topk_prob"),

@@ -15,7 +15,9 @@ def _shared_settings(read):
         **common.rope_settings(read),
         **common.dense_or_mixture(read),
         "head_dim": read.integer("head_dim", None),
-        "num_experts": read.integer("num_experts"),
+        "num_experts": common.count_of_experts(
+            read, "num_experts", "num_local_experts"
+        ),
         "top_k": read.integer("num_experts_per_tok"),
         "expert_dim": read.integer("moe_intermediate_size"),
         "dense_dim": read.integer("intermediate_size"),
