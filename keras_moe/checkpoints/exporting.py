@@ -119,55 +119,40 @@ def find_export(settings):
     wanted = _canonical(settings)
     lacking = {}
     for family in FAMILIES.values():
-        if family.config is None:
-            continue
         try:
             # Through JSON, as it will be read.
             config = json.loads(json.dumps(family.config(settings)))
-            found = _canonical({**_defaults_of(settings), **_read(family, config)})
+            found = _canonical({**_without_effect(settings), **_read(family, config)})
         except (ValueError, TypeError, KeyError, ZeroDivisionError):
             continue  # what the family cannot even write down
         different = [key for key in wanted if wanted[key] != found.get(key)]
+        if not different and family.architecture is None:
+            raise ValueError(
+                "The model must be one that a class of Transformers computes. "
+                f"Received: one of type {family.model_type!r}, for which Transformers "
+                "has no class: the code comes with its checkpoint"
+            )
         if not different:
             return family, config
         lacking[family.model_type] = different
-    _refuse_without_class(settings, wanted)
     closest = min(lacking, key=lambda name: len(lacking[name]), default=None)
     detail = ""
     if closest is not None:
         what = ", ".join(f"{key}={wanted[key]!r}" for key in lacking[closest])
-        detail = f" The closest, {closest!r}, has another {what}."
+        detail = f". {closest!r} comes closest, without {what}"
+    known = [name for name, family in FAMILIES.items() if family.architecture]
     raise ValueError(
-        "The model must be one that a class of Transformers computes "
-        f"({', '.join(name for name, f in FAMILIES.items() if f.config)}). Received: "
-        f"settings that none of them has.{detail}"
+        "The model must be one that a class of Transformers computes, such as "
+        f"{', '.join(map(repr, known))}. Received: settings that none of them "
+        f"has{detail}"
     )
-
-
-def _refuse_without_class(settings, wanted):
-    """Says so where the kind of model is known and Transformers has no class."""
-    for family in FAMILIES.values():
-        if family.config is not None or settings["positions"] != "rotary":
-            continue
-        if (
-            wanted["shared_dim"]
-            and wanted["attention"] == "grouped_query"
-            and not wanted["shared_expert_gate"]
-            and wanted["query_key_norm"] is None
-        ):
-            raise ValueError(
-                "The model must be one that a class of Transformers computes. "
-                f"Received: one of type {family.model_type!r} (shared experts, and "
-                "attention that is not latent), whose code comes with its checkpoint: "
-                "Transformers has no class for it."
-            )
 
 
 def _read(family, config):
     return family.settings(ConfigReader({"model_type": family.model_type, **config}))
 
 
-def _defaults_of(settings):
+def _without_effect(settings):
     """Values under which a setting that a family does not mention has no effect."""
     neutral = dict.fromkeys(settings)
     neutral.update(_NEUTRAL)

@@ -44,10 +44,10 @@ class Family:
 
     Attributes:
         model_type: str, as `config.json` has it.
-        architecture: str or None, the class of Transformers; None where it has none.
+        architecture: str or None, the class of Transformers; None where it has none,
+            and the model's code comes with its checkpoint.
         settings: callable from a `ConfigReader` to a dict of settings.
-        config: callable from settings, all of them, to a dict for `config.json`;
-            None where there is no class to export to.
+        config: callable from settings, all of them, to a dict for `config.json`.
         entries: callable from settings, all of them, to a list of `Entry`.
         ignored: callable `(name, settings) -> bool`: whether a tensor that no entry
             names may be left aside.
@@ -56,7 +56,7 @@ class Family:
     model_type: str
     architecture: str | None
     settings: Callable
-    config: Callable | None
+    config: Callable
     entries: Callable
     ignored: Callable
 

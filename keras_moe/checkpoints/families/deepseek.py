@@ -58,11 +58,20 @@ def _deepseek_settings(read):
     }
 
 
+def _deepseek_config(s):
+    return {
+        **_shared_config(s),
+        "head_dim": common.head_dim(s),
+        "moe_layer_freq": s["moe_every"],
+        "norm_topk_prob": common.normalizes(s),
+    }
+
+
 DEEPSEEK = common.Family(
     model_type="deepseek",
     architecture=None,
     settings=_deepseek_settings,
-    config=None,
+    config=_deepseek_config,
     entries=functools.partial(common.decoder, shared="shared_experts"),
     ignored=common.may_be_ignored,
 )

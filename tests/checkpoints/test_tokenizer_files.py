@@ -1,0 +1,195 @@
+"""Tokenizers of checkpoints, read and written."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+import transformers
+from keras import ops
+
+from keras_moe.models import (
+    MoECausalLM,
+    MoECausalLMPreprocessor,
+    MoETokenizer,
+    presets,
+)
+from tests.checkpoints.small_checkpoints import CONFIGS, our_logits, their_logits
+
+TEXTS = [
+    "The statement is true.",
+    "  def f(x):\n\n    return x  ",
+    "naïve café, 中文 and 🙂",
+]
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model():
+    return presets.ROOT / "mixtral_tiny_en/assets/tokenizer/vocabulary.spm"
+
+
+@pytest.fixture(scope="module")
+def byte_pair_file():
+    return presets.ROOT / "deepseek_moe_tiny_en/assets/tokenizer/tokenizer.json"
+
+
+def _checkpoint(folder, vocabulary=1024, **config):
+    config = {**CONFIGS["mixtral"], "vocab_size": vocabulary, **config}
+    config = transformers.AutoConfig.for_model(**config)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def _write(folder, name, **content):
+    (folder / name).write_text(json.dumps(content))
+
+
+def test_generates_text_from_a_checkpoint(tmp_path, byte_pair_file):
+    theirs = _checkpoint(tmp_path)
+    shutil.copy(byte_pair_file, tmp_path / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(str(byte_pair_file))
+    start, end = tokenizer.id_to_token(1), tokenizer.id_to_token(2)
+    _write(
+        tmp_path,
+        "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=start,
+        eos_token={"content": end, "lstrip": False},
+        add_bos_token=True,
+    )
+    ours = MoECausalLM.from_preset(str(tmp_path))
+    assert ours.preprocessor.add_start_token
+    assert ours.preprocessor.sequence_length == 64
+    prompt = "The statement"
+    ids = [1, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(
+        torch.tensor([ids]), do_sample=False, max_length=len(ids) + 5, pad_token_id=0
+    )[0].tolist()
+    ours.compile(sampler="greedy")
+    text = ours.generate(prompt, max_length=len(ids) + 5, stop_token_ids=None)
+    special = {0, 1, 2}
+    assert text == tokenizer.decode([i for i in expected if i not in special])
+
+
+def test_reads_sentencepiece(tmp_path, sentencepiece_model):
+    _checkpoint(tmp_path)
+    shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model")
+    _write(tmp_path, "special_tokens_map.json", bos_token="<s>", eos_token="</s>")
+    tokenizer = MoETokenizer.from_preset(str(tmp_path))
+    reference = sentencepiece.SentencePieceProcessor(
+        model_file=str(sentencepiece_model)
+    )
+    assert tokenizer(TEXTS) == reference.encode(TEXTS)
+    preprocessor = MoECausalLMPreprocessor.from_preset(
+        str(tmp_path), sequence_length=16
+    )
+    assert preprocessor.sequence_length == 16
+    assert preprocessor.generate_preprocess("The")["token_ids"][0] == 1
+    # Without a word on the start token, it is added as Transformers does.
+    assert preprocessor.add_start_token
+
+
+def test_special_tokens_by_their_ids(tmp_path, sentencepiece_model):
+    _checkpoint(tmp_path, bos_token_id=None, eos_token_id=[2, 5])
+    shutil.copy(sentencepiece_model, tmp_path / "tokenizer.model")
+    tokenizer = MoETokenizer.from_preset(str(tmp_path))
+    assert tokenizer.start_token is None
+    assert tokenizer.end_token_id == 2
+    preprocessor = MoECausalLMPreprocessor.from_preset(str(tmp_path))
+    assert not preprocessor.add_start_token
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_start_token_as_the_file_itself_adds_it(tmp_path, byte_pair_file, adds):
+    _checkpoint(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(byte_pair_file))
+    start, end = tokenizer.id_to_token(1), tokenizer.id_to_token(2)
+    if adds:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{start} $A", special_tokens=[(start, 1)]
+        )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    _write(tmp_path, "tokenizer_config.json", bos_token=start, eos_token=end)
+    preprocessor = MoECausalLMPreprocessor.from_preset(str(tmp_path))
+    assert preprocessor.add_start_token == adds
+
+
+def test_refuses_a_broken_tokenizer(tmp_path):
+    _checkpoint(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
+    _write(tmp_path, "tokenizer_config.json", bos_token=None, eos_token="</s>")
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        MoETokenizer.from_preset(str(tmp_path))
+
+
+def test_refuses_a_checkpoint_without_a_tokenizer(tmp_path):
+    _checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="tokenizer.json.*tokenizer.model"):
+        MoETokenizer.from_preset(str(tmp_path))
+    assert MoECausalLM.from_preset(str(tmp_path)).preprocessor is None
+
+
+def test_refuses_a_tokenizer_without_an_end(tmp_path, byte_pair_file):
+    _checkpoint(tmp_path, eos_token_id=None)
+    shutil.copy(byte_pair_file, tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match="eos_token"):
+        MoETokenizer.from_preset(str(tmp_path))
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_pair"])
+def test_exports_a_tokenizer_and_its_model(
+    tmp_path, kind, adds, sentencepiece_model, byte_pair_file
+):
+    if kind == "sentencepiece":
+        tokenizer = MoETokenizer(proto=str(sentencepiece_model))
+    else:
+        names = tokenizers.Tokenizer.from_file(str(byte_pair_file))
+        tokenizer = MoETokenizer(
+            tokenizer_json=str(byte_pair_file),
+            start_token=names.id_to_token(1),
+            end_token=names.id_to_token(2),
+        )
+    preprocessor = MoECausalLMPreprocessor(
+        tokenizer, sequence_length=32, add_start_token=adds
+    )
+    _checkpoint(tmp_path / "in", tokenizer.vocabulary_size())
+    ours = MoECausalLM.from_preset(str(tmp_path / "in"), preprocessor=preprocessor)
+    ours.export_to_transformers(tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    start = [tokenizer.start_token_id] if adds else []
+    for text in TEXTS:
+        ids = [*start, *np.array(tokenizer(text)).tolist()]
+        assert theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids, skip_special_tokens=True).strip() == text.strip()
+    assert theirs.bos_token_id == tokenizer.start_token_id
+    assert theirs.eos_token_id == tokenizer.end_token_id
+    # And the whole folder comes back to us.
+    again = MoECausalLM.from_preset(str(tmp_path / "out"))
+    assert again.preprocessor.add_start_token == adds
+    assert again.preprocessor.tokenizer(TEXTS) == tokenizer(TEXTS)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.generation_config.eos_token_id == tokenizer.end_token_id
+    ids = np.array([theirs(TEXTS[0])["input_ids"]], "int32")
+    np.testing.assert_allclose(
+        our_logits(again, ids), their_logits(model, ids), atol=1e-4
+    )
+    assert ops.shape(ids)[1] > 3
+
+
+def test_a_trained_preset_goes_out(tmp_path):
+    ours = MoECausalLM.from_preset("mixtral_tiny_en")
+    ours.export_to_transformers(tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer(TEXTS[0], return_tensors="pt")
+    expected = model.generate(**inputs, do_sample=False, max_length=24, pad_token_id=0)
+    ours.compile(sampler="greedy")
+    text = ours.generate(TEXTS[0], max_length=24)
+    assert tokenizer.decode(expected[0], skip_special_tokens=True) == text
