@@ -273,7 +273,15 @@ def _no_weights(preset, folder):
         f"The preset {str(preset)!r} holds no weights. For this architecture with "
         "random weights pass `load_weights=False`."
     )
-    if str(preset) in names():
+    checkpoint = None
+    if (folder / "preset.json").exists():
+        checkpoint = _read_json(folder / "preset.json").get("checkpoint")
+    if checkpoint:
+        message += (
+            f" Trained weights are published as {checkpoint!r}, to be had by the "
+            f"handle {hub.PREFIX + str(checkpoint)!r}."
+        )
+    elif str(preset) in names():
         message += " No trained weights of it have been published."
     trained = [name for name in names() if has_weights(ROOT / name)]
     if trained:

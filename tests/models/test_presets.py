@@ -139,7 +139,8 @@ def test_a_name_goes_before_a_folder(tmp_path, monkeypatch):
 
 
 def test_a_handle_passes():
-    assert presets.preset_folder("hf://user/model", True) == "hf://user/model"
+    handle = "kaggle://user/model/keras/small"
+    assert presets.preset_folder(handle, True) == handle
 
 
 @pytest.mark.parametrize("cls", CLASSES)
