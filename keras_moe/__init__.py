@@ -1,10 +1,18 @@
 """Mixture-of-experts models for Keras, on JAX, torch and TensorFlow."""
 
-from keras_moe import layers, models, ops
+from keras_moe import checkpoints, layers, models, ops
 from keras_moe.listing import list_presets
 from keras_moe.planning import plan
 from keras_moe.sample_text import sample_text
 
 __version__ = "0.1.0"
 
-__all__ = ["layers", "list_presets", "models", "ops", "plan", "sample_text"]
+__all__ = [
+    "checkpoints",
+    "layers",
+    "list_presets",
+    "models",
+    "ops",
+    "plan",
+    "sample_text",
+]

@@ -86,7 +86,7 @@ def load_backbone(
     entries = family.entries(complete)
     with Shards(folder) as shards:
         _check_tensors(shards, entries, family, complete)
-        memory.check_room(entries, dtype)
+        memory.check_room(settings, dtype)
         with skipped():
             backbone = backbone_cls(**settings, dtype=dtype)
         _assign_all(backbone, shards, entries, _block_size(folder), verbose)

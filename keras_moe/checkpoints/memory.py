@@ -1,12 +1,9 @@
 """Whether there is room for a model, asked before anything is allocated."""
 
-import math
 import os
 import pathlib
 
 import keras
-
-from keras_moe.checkpoints import tables
 
 _LIMITS = (  # of the control group this process is in: version 2, version 1
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -20,41 +17,34 @@ _LIMITS = (  # of the control group this process is in: version 2, version 1
 _CONTROL_GROUPS = pathlib.Path("/sys/fs/cgroup")
 
 
-def check_room(entries, dtype):
-    """Raises where the weights of `entries` need more memory than there is.
+def check_room(settings, dtype):
+    """Raises where a model's weights need more memory than there is.
 
     Nothing is asked of a model spread over devices by `keras.distribution`, or
     where free memory is not known.
 
+    Args:
+        settings: dict of a `MoEBackbone`.
+        dtype: its dtype policy, or None for the global one.
+
     Raises:
-        MemoryError: quoting parameters, dtype, what is needed and what is there.
+        MemoryError: quoting the plan: parameters, what they take and what is there.
     """
     if keras.distribution.distribution() is not None:
         return
-    count, needed, name = plan_weights(entries, dtype)
+    # Plans are made of models, and models of checkpoints.
+    from keras_moe.planning import plan
+
+    weights = keras.dtype_policies.get(dtype).variable_dtype
+    planned = plan(settings, sequence_length=1, dtype=weights)
     room = available_bytes()
-    if room is not None and needed > room:
+    if room is not None and planned.weight_bytes > room:
         raise MemoryError(
-            f"The model's {count / 1e9:.3g} billion parameters take "
-            f"{_gigabytes(needed)} in {name}, and {_gigabytes(room)} of memory are "
-            "available. Choose a smaller `dtype`, such as 'bfloat16', or a larger "
-            "machine."
+            f"The model's {planned.total_parameters / 1e9:,.4g} billion parameters "
+            f"take {_gigabytes(planned.weight_bytes)} in {weights}, and "
+            f"{_gigabytes(room)} of memory are available. Choose a smaller `dtype`, "
+            "such as 'bfloat16', or a larger machine."
         )
-
-
-def plan_weights(entries, dtype):
-    """Parameters, bytes and dtype of a model's weights.
-
-    Returns:
-        `(parameters, bytes, dtype name)`.
-    """
-    name = keras.dtype_policies.get(dtype).variable_dtype
-    size = 4 if name == "float32" else 2
-    count = sum(
-        math.prod(tables.weight_shape(parts))
-        for parts in tables.weights(entries).values()
-    )
-    return count, count * size, name
 
 
 def available_bytes():
@@ -94,4 +84,4 @@ def _control_group_room():
 
 
 def _gigabytes(count):
-    return f"{count / 1e9:.3g} GB"
+    return f"{count / 1e9:,.3g} GB"

@@ -12,7 +12,7 @@ import pathlib
 import h5py
 
 from keras_moe.checkpoints import hub, tokenizer_files
-from keras_moe.checkpoints.loading import is_checkpoint
+from keras_moe.checkpoints.loading import is_checkpoint, read_settings
 from keras_moe.checkpoints.shards import read_json as _read_json
 from keras_moe.models._keras_hub import preset_has_file
 
@@ -47,11 +47,13 @@ def descriptions():
 
 
 def settings(folder):
-    """The settings of the backbone in a folder: a dict.
+    """The settings of the backbone in a folder, of Keras or Transformers: a dict.
 
     Raises:
         ValueError: for broken JSON, and for one of another class.
     """
+    if is_checkpoint(folder):
+        return read_settings(folder)[1]
     path = pathlib.Path(folder) / "config.json"
     return settings_of(_read_json(path), path)
 

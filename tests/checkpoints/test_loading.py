@@ -11,6 +11,7 @@ import torch
 import transformers
 from keras import ops
 
+import keras_moe
 from keras_moe.models import MoEBackbone, MoECausalLM
 from tests.checkpoints.small_checkpoints import (
     CONFIGS,
@@ -176,6 +177,12 @@ def test_saves_as_a_preset_of_keras(mixtral, tmp_path):
     again = MoECausalLM.from_preset(str(tmp_path))
     ids = prompts()
     np.testing.assert_array_equal(our_logits(again, ids), our_logits(ours, ids))
+
+
+def test_plans_a_checkpoint(mixtral):
+    backbone = MoEBackbone.from_preset(str(mixtral))
+    plan = keras_moe.plan(str(mixtral), dtype="float32")
+    assert plan.total_parameters == backbone.count_params()
 
 
 def test_a_progress_bar_if_wanted(mixtral, capsys):
@@ -528,5 +535,5 @@ def test_refuses_what_memory_cannot_hold(tmp_path):
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
-    with pytest.raises(MemoryError, match=r"4.12e\+03 billion.*GB in bfloat16.*avail"):
+    with pytest.raises(MemoryError, match=r"4,123 billion.*GB in bfloat16.*avail"):
         MoEBackbone.from_preset(str(tmp_path), dtype="bfloat16")
