@@ -63,9 +63,10 @@ class ConfigReader:
         return as_number(key, value)
 
     def flag(self, key, default=False):
-        """A bool, or `default`."""
+        """A bool, or `default`; null says no in Transformers, and so not True."""
         value = self.get(key, default)
-        if not isinstance(value, bool):
+        null = key in self.config and self.config[key] is None
+        if not isinstance(value, bool) or (null and default):
             self.refuse(key, "true or false")
         return value
 

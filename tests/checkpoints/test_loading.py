@@ -207,12 +207,13 @@ def test_configurations_of_transformers_4(tmp_path):
     assert_close(our_logits(ours, prompts()), their_logits(theirs, prompts()))
 
 
-def test_dbrx_with_its_rotary_base_where_it_was_published(tmp_path):
+def test_dbrx_as_it_was_published(tmp_path):
     theirs = make_model("dbrx")
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
     config["attn_config"]["rope_theta"] = 400.0
+    del config["ffn_config"]["moe_normalize_expert_weights"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours = MoECausalLM.from_preset(str(tmp_path))
     assert ours.backbone.rope_theta == 400.0
@@ -472,6 +473,8 @@ def test_refuses_settings_that_do_not_fit_the_weights(mixtral):
         ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
+        ("deepseek_v3", {"rope_interleave": None}, "rope_interleave"),
+        ("deepseek_v3", {"norm_topk_prob": None}, "norm_topk_prob"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
         ("dbrx", {"tie_word_embeddings": True}, "tie_word_embeddings"),
         (

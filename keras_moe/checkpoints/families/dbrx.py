@@ -23,7 +23,8 @@ def _settings(read):
     attention.harmless("attn_pdrop")
     ffn.harmless("hidden_size", "moe_loss_weight")
     ffn.only("uniform_expert_assignment", False)
-    norm = ffn.get("moe_normalize_expert_weights")
+    # Where it is missing they are normalised, and where it is null they are not.
+    norm = ffn.config.get("moe_normalize_expert_weights", 1.0)
     ffn.only("moe_normalize_expert_weights", 1, 1.0)
     # Given at the top in newer configurations, and within the attention's in older.
     theta = attention.number("rope_theta", 10000.0)

@@ -216,7 +216,8 @@ def _v3_settings(read):
     read.only("scoring_func", "sigmoid")
     read.only("topk_method", "noaux_tc")
     read.only("moe_layer_freq", 1)
-    read.only("rope_interleave", True)
+    if not read.flag("rope_interleave", True):
+        read.refuse("rope_interleave", "true")
     # Layers that predict several tokens at once, which generation can do without.
     read.harmless("num_nextn_predict_layers", "num_mtp_layers", "quantization_config")
     return {
