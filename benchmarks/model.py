@@ -1,4 +1,7 @@
-"""Whole models of one size: ours, the dense limit, KerasHub's and Transformers'."""
+"""Whole models of one size: ours, the dense limit, KerasHub's and Transformers'.
+
+KerasHub's comes twice, as it is and after `keras_moe.sparsify`.
+"""
 
 import keras
 import keras_hub
@@ -6,6 +9,7 @@ import numpy as np
 
 from benchmarks.programs import forward, training_step
 from benchmarks.timing import by_turns
+from keras_moe import sparsify
 from keras_moe.models import MoEBackbone, MoECausalLM
 
 SIZES = {
@@ -36,7 +40,8 @@ SIZES = {
         dtype="bfloat16",
     ),
 }
-MODELS = ("keras_moe", "dense", "keras_hub")
+SPARSIFIED = "keras_hub sparsified"
+MODELS = ("keras_moe", "dense", "keras_hub", SPARSIFIED)
 TRANSFORMERS = ("grouped_mm", "eager")
 
 
@@ -105,4 +110,5 @@ def task(name, settings):
         top_k=top_k,
         sliding_window=None,
     )
-    return models.MixtralCausalLM(backbone, preprocessor=None)
+    mixtral = models.MixtralCausalLM(backbone, preprocessor=None)
+    return sparsify(mixtral) if name == SPARSIFIED else mixtral

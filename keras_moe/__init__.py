@@ -4,6 +4,7 @@ from keras_moe import checkpoints, layers, models, ops
 from keras_moe.listing import list_presets
 from keras_moe.planning import plan
 from keras_moe.sample_text import sample_text
+from keras_moe.sparsify import sparsify
 
 __version__ = "0.1.0"
 
@@ -15,4 +16,5 @@ __all__ = [
     "ops",
     "plan",
     "sample_text",
+    "sparsify",
 ]

@@ -1,4 +1,4 @@
-"""Everything that reaches into the private parts of KerasHub, in one place.
+"""Everything that reaches into the private parts of Keras and KerasHub, in one place.
 
 TensorFlow appears here because KerasHub's text pipelines are `tf.data` whatever the
 Keras backend. It is imported where a graph is being traced, never before.
@@ -8,6 +8,11 @@ import atexit
 import threading
 import time
 
+from keras import ops
+from keras.src.backend.common.variables import AutocastScope
+from keras_hub.src.models.mixtral import mixtral_decoder
+from keras_hub.src.models.qwen3_moe import qwen3_moe_decoder
+from keras_hub.src.models.qwen_moe import qwen_moe_decoder
 from keras_hub.src.utils.preset_utils import (
     ASSET_DIR,
     check_file_exists,
@@ -24,13 +29,17 @@ from keras_hub.src.utils.tensor_utils import (
 
 __all__ = [
     "any_equal",
+    "as_stored",
     "classproperty",
     "preset_has_file",
     "register_names",
     "canonicalize_python_token_inputs",
     "find_tokenizer_asset",
     "ids_to_strings",
+    "mixtral_decoder",
     "preprocessing_function",
+    "qwen3_moe_decoder",
+    "qwen_moe_decoder",
     "strings_to_ids",
 ]
 
@@ -163,6 +172,22 @@ def ids_to_strings(decode, ids):
 def preset_has_file(preset, name):
     """Whether a preset, a folder or a handle, holds a file."""
     return check_file_exists(preset, name)
+
+
+def as_stored(variables):
+    """The values of variables in the dtypes they are stored in.
+
+    Within a layer of a mixed dtype policy, Keras casts a variable whenever it is
+    read: all of it, where a mixture needs a few experts.
+
+    Args:
+        variables: a sequence of `keras.Variable`.
+
+    Returns:
+        A tuple of tensors.
+    """
+    with AutocastScope(None):
+        return tuple(ops.convert_to_tensor(variable) for variable in variables)
 
 
 def register_names(folders, backbone_cls):
