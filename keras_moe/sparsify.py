@@ -25,6 +25,7 @@ from keras_moe.models._keras_hub import (
     qwen_moe_decoder,
 )
 from keras_moe.ops import Stage, grouped_apply
+from keras_moe.ops._backend import backend
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _COMPILED = ("train_function", "test_function", "predict_function")
@@ -43,9 +44,10 @@ def sparsify(model):
     made from a configuration that knows nothing of this function: sparsify it, too.
 
     Functions that the model compiled before, to train or to generate, are dropped
-    and compiled anew when needed. Those of *other* models that share its layers are
-    not known here: call this with the outermost model, the task and not its
-    backbone, or compile the task again.
+    and compiled anew when needed; on JAX those of all models are, as it keeps them in
+    one cache. Those of *other* models that share its layers are not known here: call
+    this with the outermost model, the task and not its backbone, or compile the task
+    again.
 
     To sparsify a model twice changes nothing.
 
@@ -86,6 +88,7 @@ def sparsify(model):
     if dense:
         for layer in layers:
             _forget_compiled(layer)
+        backend.forget_traces()
     return model
 
 

@@ -181,3 +181,9 @@ def inverse_permutation(permutation):
 
 def from_numpy(array):
     return jnp.asarray(array)
+
+
+def forget_traces():
+    # `jit` remembers what it traced by the function, and bound methods compare equal:
+    # while anyone holds a model's old `train_function`, a new one is served its trace.
+    jax.clear_caches()

@@ -314,3 +314,7 @@ def inverse_permutation(permutation):
 
 def from_numpy(array):
     return tf.convert_to_tensor(array)
+
+
+def forget_traces():
+    pass  # A `tf.function` keeps its traces to itself.
