@@ -17,10 +17,12 @@ PREFIX = "hf://"
 _SMALL_FILES = (
     "config.json",
     "generation_config.json",
+    "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "vocab.json",
     INDEX,
 )
 

@@ -10,6 +10,17 @@ from keras_moe.checkpoints.shards import read_json
 
 BYTE_PAIR = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
+MERGES = ("vocab.json", "merges.txt")  # a byte-pair tokenizer's older files
+# What those files leave out, by `tokenizer_class`: how text is normalised, and split
+# before it is merged; None for GPT-2's pattern, which `tokenizers` knows.
+_SPLITS = {
+    "GPT2Tokenizer": (None, None),
+    "Qwen2Tokenizer": (
+        "NFC",
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
+}
 _TOKENS = {
     "start_token": "bos_token",
     "end_token": "eos_token",
@@ -20,13 +31,18 @@ _TOKENS = {
 def has_tokenizer(folder):
     """Whether a checkpoint's folder holds a tokenizer that can be read."""
     folder = pathlib.Path(folder)
-    return any((folder / name).is_file() for name in (BYTE_PAIR, SENTENCEPIECE))
+    return any(
+        all((folder / name).is_file() for name in names)
+        for names in ((BYTE_PAIR,), (SENTENCEPIECE,), MERGES)
+    )
 
 
 def read_tokenizer(folder):
     """The arguments of a `MoETokenizer` from a checkpoint's folder.
 
-    `tokenizer.json` goes before `tokenizer.model`, as in Transformers.
+    `tokenizer.json` goes before `tokenizer.model`, as in Transformers, and both
+    before `vocab.json` and `merges.txt`, which are read with the split pattern of
+    the `tokenizer_class` in `tokenizer_config.json`.
 
     Args:
         folder: path.
@@ -35,17 +51,20 @@ def read_tokenizer(folder):
         A dict of `proto` or `tokenizer_json`, and the special tokens.
 
     Raises:
-        FileNotFoundError: without either file.
+        FileNotFoundError: without any of them.
         ValueError: for a file that cannot be read, and without an end token.
     """
     folder = pathlib.Path(folder)
     if not has_tokenizer(folder):
         raise FileNotFoundError(
-            f"The checkpoint must hold {BYTE_PAIR!r} or {SENTENCEPIECE!r}. "
-            f"Received: {str(folder)!r}, which holds neither."
+            f"The checkpoint must hold {BYTE_PAIR!r}, {SENTENCEPIECE!r}, or "
+            f"{' and '.join(map(repr, MERGES))}. "
+            f"Received: {str(folder)!r}, which holds none of them."
         )
     if (folder / BYTE_PAIR).is_file():
         arguments = {"tokenizer_json": folder / BYTE_PAIR}
+    elif not (folder / SENTENCEPIECE).is_file():
+        arguments = {"tokenizer_json": _load_byte_pair(folder).to_str()}
     else:
         arguments = {"proto": folder / SENTENCEPIECE}
     arguments.update(_special_tokens(folder))
@@ -97,7 +116,7 @@ def _special_tokens(folder):
 
 
 def _id_to_token(folder, token_id):
-    if (folder / BYTE_PAIR).is_file():
+    if not (folder / SENTENCEPIECE).is_file() or (folder / BYTE_PAIR).is_file():
         return _load_byte_pair(folder).id_to_token(token_id)
     model = sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE))
     return model.id_to_piece(token_id) if token_id < model.vocab_size() else None
@@ -111,7 +130,8 @@ def _adds_start_token(folder):
     if isinstance(stated, bool):
         return stated
     if not (folder / BYTE_PAIR).is_file():
-        return True  # as the tokenizers of Transformers over SentencePiece do
+        # As the tokenizers of Transformers over SentencePiece do, and no other.
+        return (folder / SENTENCEPIECE).is_file()
     return _begins_with(_load_byte_pair(folder), start)
 
 
@@ -120,8 +140,47 @@ def _begins_with(tokenizer, token):
     return bool(ids) and ids[0] == tokenizer.token_to_id(token)
 
 
+def _load_merges(folder):
+    config = _read(folder, "tokenizer_config.json")
+    kind = str(config.get("tokenizer_class")).removesuffix("Fast")
+    if kind not in _SPLITS:
+        raise ValueError(
+            f"{' and '.join(MERGES)} must come with a `tokenizer_class` in "
+            f"tokenizer_config.json that is one of {', '.join(_SPLITS)}: they do not "
+            f"say how text is split. Received: {config.get('tokenizer_class')!r}"
+        )
+    normalization, pattern = _SPLITS[kind]
+    vocabulary, merges = (str(folder / name) for name in MERGES)
+    try:
+        model = tokenizers.models.BPE.from_file(vocabulary, merges)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ValueError(
+            f"{vocabulary!r} and {merges!r} must be a byte-pair vocabulary. "
+            f"Received: {error}"
+        ) from error
+    tokenizer = tokenizers.Tokenizer(model)
+    if normalization is not None:
+        tokenizer.normalizer = getattr(tokenizers.normalizers, normalization)()
+    pre = tokenizers.pre_tokenizers
+    if pattern is None:
+        tokenizer.pre_tokenizer = pre.ByteLevel(add_prefix_space=False)
+    else:
+        split = pre.Split(tokenizers.Regex(pattern), "isolated")
+        bytes_ = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = pre.Sequence([split, bytes_])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    added = config.get("added_tokens_decoder", {})
+    for _, token in sorted(added.items(), key=lambda item: int(item[0])):
+        flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+        flags = {name: token[name] for name in flags if name in token}
+        tokenizer.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
+    return tokenizer
+
+
 def _load_byte_pair(folder):
     path = folder / BYTE_PAIR
+    if not path.is_file():
+        return _load_merges(folder)
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception

@@ -120,6 +120,54 @@ def test_start_token_as_the_file_itself_adds_it(tmp_path, byte_pair_file, adds):
     assert preprocessor.add_start_token == adds
 
 
+MERGED_TEXTS = [
+    *TEXTS,
+    "",
+    " ",
+    "a  b\t\tc \r\n\r\n  d",
+    "1234567 it's WE'LL don't",
+    "e\u0301 \u1e9b\u0323 nai\u0308ve",
+    "if x:\n\t\treturn {'a': [1, 2], \"b\": x**2}  # done\n",
+    "</s>between</s>",
+]
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Tokenizer", "GPT2Tokenizer"])
+def test_reads_merges_as_transformers_does(tmp_path, byte_pair_file, kind):
+    _checkpoint(tmp_path)
+    model = json.loads(byte_pair_file.read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    end = {"content": "</s>", "special": True, "normalized": False}
+    _write(
+        tmp_path,
+        "tokenizer_config.json",
+        tokenizer_class=kind,
+        eos_token="</s>",
+        unk_token="</s>",
+        bos_token=None,
+        pad_token="</s>",
+        added_tokens_decoder={str(model["vocab"]["</s>"]): end},
+    )
+    ours = MoETokenizer.from_preset(str(tmp_path))
+    theirs = getattr(transformers, kind).from_pretrained(str(tmp_path))
+    for text in MERGED_TEXTS:
+        expected = theirs.encode(text, add_special_tokens=False)
+        assert list(ours(text)) == expected, text
+    assert ours.start_token is None and ours.end_token == "</s>"
+    assert not MoECausalLMPreprocessor.from_preset(str(tmp_path)).add_start_token
+
+
+def test_refuses_merges_without_a_pattern(tmp_path):
+    _checkpoint(tmp_path)
+    _write(tmp_path, "vocab.json", a=0)
+    (tmp_path / "merges.txt").write_text("")
+    _write(tmp_path, "tokenizer_config.json", eos_token="a", tokenizer_class="X")
+    with pytest.raises(ValueError, match="`tokenizer_class`.*Qwen2Tokenizer.*'X'"):
+        MoETokenizer.from_preset(str(tmp_path))
+
+
 def test_refuses_a_broken_tokenizer(tmp_path):
     _checkpoint(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"model": 3}')
