@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import warnings
 
 import sentencepiece
 import tokenizers
 
+from keras_moe.checkpoints.sentencepiece_files import to_byte_pair
 from keras_moe.checkpoints.shards import read_json
 
 BYTE_PAIR = "tokenizer.json"
@@ -220,15 +222,34 @@ def write_tokenizer(folder, preprocessor):
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         _set_start_token(folder, tokenizer.start_token, adds_start)
     else:
-        config["tokenizer_class"] = "LlamaTokenizer"
-        config["legacy"] = False
-        saved.rename(folder / SENTENCEPIECE)
+        _write_sentencepiece(folder, saved.rename(folder / SENTENCEPIECE), config)
+        if (folder / BYTE_PAIR).is_file():
+            _set_start_token(folder, tokenizer.start_token, adds_start)
     write_json(folder / "tokenizer_config.json", config)
     return {
         f"{key}_id": getattr(tokenizer, f"{argument}_id")
         for argument, key in _TOKENS.items()
         if getattr(tokenizer, argument) is not None
     }
+
+
+def _write_sentencepiece(folder, path, config):
+    """Adds the file that Transformers reads alike, where there is one."""
+    # Transformers 5 reads a model of SentencePiece as if no space came first.
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    byte_pair = to_byte_pair(model)
+    if byte_pair is not None:
+        byte_pair.save(str(folder / BYTE_PAIR))
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        return
+    warnings.warn(
+        f"{path.name} is exported as it is: no tokenizer.json gives the same ids, as "
+        "it does not merge byte pairs or normalises its text. Transformers may read "
+        "other ids from it.",
+        stacklevel=2,
+    )
+    config["tokenizer_class"] = "LlamaTokenizer"
+    config["legacy"] = False
 
 
 def _set_start_token(folder, start, adds_start):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from keras import ops
 
+import keras_moe
 from keras_moe.models import (
     MoECausalLM,
     MoECausalLMPreprocessor,
@@ -229,6 +230,64 @@ def test_exports_a_tokenizer_and_its_model(
         our_logits(again, ids), their_logits(model, ids), atol=1e-4
     )
     assert ops.shape(ids)[1] > 3
+
+
+def _train(tmp_path, **settings):
+    """A small SentencePiece model with a space before every text, as Mixtral's."""
+    (tmp_path / "text.txt").write_text("\n".join(keras_moe.sample_text()[:80]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "trained"),
+        vocab_size=500,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+        **{
+            "model_type": "bpe",
+            "normalization_rule_name": "identity",
+            **settings,
+        },
+    )
+    return str(tmp_path / "trained.model")
+
+
+def _export(tmp_path, proto):
+    tokenizer = MoETokenizer(proto=proto)
+    _checkpoint(tmp_path / "in", tokenizer.vocabulary_size())
+    ours = MoECausalLM.from_preset(
+        str(tmp_path / "in"),
+        preprocessor=MoECausalLMPreprocessor(tokenizer, sequence_length=32),
+    )
+    ours.export_to_transformers(tmp_path / "out")
+    return tokenizer
+
+
+def test_exports_the_space_before_a_text(tmp_path):
+    path = _train(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=path)
+    assert reference.encode("a", out_type=str)[0].startswith("\u2581")
+    _export(tmp_path, path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    new = keras_moe.sample_text()[80:110]
+    for text in [*MERGED_TEXTS[:-1], *new, "a" + 57 * " " + "b"]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == reference.encode(text), text
+    assert theirs("a")["input_ids"] == [1, *reference.encode("a")]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"model_type": "unigram"}, {"normalization_rule_name": "nmt_nfkc"}],
+    ids=str,
+)
+def test_warns_where_no_file_gives_the_same_ids(tmp_path, settings):
+    path = _train(tmp_path, **settings)
+    with pytest.warns(UserWarning, match="no tokenizer.json gives the same ids"):
+        tokenizer = _export(tmp_path, path)
+    assert not (tmp_path / "out/tokenizer.json").exists()
+    again = MoETokenizer.from_preset(str(tmp_path / "out"))
+    assert again(TEXTS) == tokenizer(TEXTS)
 
 
 def test_a_trained_preset_goes_out(tmp_path):
