@@ -323,13 +323,12 @@ def _read(preset):
             )
         name, config = preset.name, backbone.get_config()
     else:
-        folder = presets.preset_folder(preset)
-        if "://" in str(folder):
+        if "://" in str(preset):
             raise ValueError(
                 "`preset` must be here to be planned: a preset's name or a local "
                 f"folder. Received: the handle {preset!r}"
             )
-        name, config = str(preset), presets.settings(folder)
+        name, config = str(preset), presets.settings(presets.preset_folder(preset))
     parameters = inspect.signature(moe_backbone.MoEBackbone.__init__).parameters
     settings = {key: parameters[key].default for key in moe_backbone.SETTINGS}
     settings |= {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
