@@ -557,7 +557,9 @@ def test_unknown_presets(tmp_path):
         keras_moe.plan(keras.layers.Dense(3))
     with pytest.raises(FileNotFoundError, match="must hold `config.json`"):
         keras_moe.plan(tmp_path)
-    # As other libraries write it.
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    (tmp_path / "config.json").write_text('{"layers": 3}')
     with raises("config.json", "must describe a `MoEBackbone`", "class_name=None"):
+        keras_moe.plan(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    with raises("config.json", "must have the key", "num_attention_heads=None"):
         keras_moe.plan(tmp_path)
