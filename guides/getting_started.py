@@ -223,11 +223,12 @@ print(f"a Mixtral of {small.num_layers} layers, {small.count_params():,} paramet
 
 """
 A preset with weights allows only those overrides that leave its weights in place, such
-as `dtype` or `dropout`. And where there are no weights, asking for them is an error:
+as `dtype` or `dropout`. Where weights are public, as Mixtral's, the preset's name fetches
+and converts them. Where none were published, asking for them is an error:
 """
 
 try:
-    keras_moe.models.MoECausalLM.from_preset("mixtral_8x7b")
+    keras_moe.models.MoECausalLM.from_preset("glam_8b_64e")
 except ValueError as error:
     print(error)
 
