@@ -223,8 +223,8 @@ print(f"a Mixtral of {small.num_layers} layers, {small.count_params():,} paramet
 
 """
 A preset with weights allows only those overrides that leave its weights in place, such
-as `dtype` or `dropout`. Where weights are public, as Mixtral's, the preset's name fetches
-and converts them. Where none were published, asking for them is an error:
+as `dtype` or `dropout`. Where weights are public, as Mixtral's, the preset's name
+fetches and converts them. Where none were published, asking for them is an error:
 """
 
 try:
