@@ -71,6 +71,19 @@ def top_k(value, num_experts):
         )
 
 
+def shared_experts(count, dim, gate):
+    """The number of shared experts, with the width and the gate that need some."""
+    at_least("num_shared_experts", count, 0)
+    if dim is not None:
+        at_least("shared_expert_dim", dim, 1)
+    if not count and (dim or gate):
+        raise ValueError(
+            "`shared_expert_dim` and `shared_expert_gate` need shared experts. "
+            f"Received: shared_expert_dim={dim!r}, shared_expert_gate={gate!r}, "
+            "num_shared_experts=0"
+        )
+
+
 def divides(name, value, by_name, by):
     """`by` divides `value`."""
     if value % by:

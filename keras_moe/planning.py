@@ -14,13 +14,12 @@ Nothing is allocated and no backend is asked.
 """
 
 import dataclasses
-import inspect
 import math
 from typing import NamedTuple
 
-from keras_moe import checks
+from keras_moe import architecture, checks
 from keras_moe.layers import attention, decoder_block
-from keras_moe.models import moe_backbone, presets
+from keras_moe.models import MoEBackbone, presets
 
 # Bytes of a weight and of an activation.
 _DTYPES = {
@@ -31,7 +30,6 @@ _DTYPES = {
     "mixed_bfloat16": (4, 2),
     "mixed_float16": (4, 2),
 }
-_NOT_SETTINGS = ("dtype", "name", "trainable")
 _FLOAT32 = 4  # bytes: what a router computes in, whatever the dtype
 
 # How many copies of a weight's shape a Keras optimizer keeps, in the weight's dtype.
@@ -316,7 +314,7 @@ def _read(preset):
         name = config.get("name", "settings")
     elif hasattr(preset, "get_config"):
         backbone = getattr(preset, "backbone", preset)
-        if not isinstance(backbone, moe_backbone.MoEBackbone):
+        if not isinstance(backbone, MoEBackbone):
             raise ValueError(
                 "`preset` must be a `MoEBackbone`, where it is a model. "
                 f"Received: a {type(backbone).__name__}"
@@ -329,17 +327,8 @@ def _read(preset):
                 f"folder. Received: the handle {preset!r}"
             )
         name, config = str(preset), presets.settings(presets.preset_folder(preset))
-    parameters = inspect.signature(moe_backbone.MoEBackbone.__init__).parameters
-    settings = {key: parameters[key].default for key in moe_backbone.SETTINGS}
-    settings |= {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
-    missing = [key for key, value in settings.items() if value is inspect._empty]
-    if missing:
-        raise ValueError(
-            f"`preset` must set {', '.join(map(repr, missing))}. "
-            f"Received: {name} without"
-        )
-    unknown = [key for key in settings if key not in moe_backbone.SETTINGS]
-    moe_backbone.check_settings(settings, unknown)
+    settings = architecture.complete(config, MoEBackbone)
+    architecture.check(settings)
     _check(settings)
     return name, settings
 
@@ -366,15 +355,15 @@ def _check(s):
 
 def _check_heads(s):
     heads = s["num_query_heads"]
-    if s["num_key_value_heads"] is None:
-        s["num_key_value_heads"] = heads
-    checks.at_least("num_key_value_heads", s["num_key_value_heads"], 1)
+    if s["num_key_value_heads"] is not None:
+        checks.at_least("num_key_value_heads", s["num_key_value_heads"], 1)
+    s["num_key_value_heads"] = architecture.num_key_value_heads(s)
     checks.divides(
         "num_query_heads", heads, "num_key_value_heads", s["num_key_value_heads"]
     )
     if s["head_dim"] is None:
         checks.divides("hidden_dim", s["hidden_dim"], "num_query_heads", heads)
-        s["head_dim"] = s["hidden_dim"] // heads
+        s["head_dim"] = architecture.head_dim(s)
     checks.at_least("head_dim", s["head_dim"], 1)
     if s["positions"] == "relative_bias":
         checks.at_least("relative_buckets", s["relative_buckets"], 2)
@@ -383,16 +372,9 @@ def _check_heads(s):
 def _check_mixture(s):
     checks.at_least("expert_dim", s["expert_dim"], 1)
     checks.top_k(s["top_k"], s["num_experts"])
-    checks.at_least("num_shared_experts", s["num_shared_experts"], 0)
-    width, gate = s["shared_expert_dim"], s["shared_expert_gate"]
-    if width is not None:
-        checks.at_least("shared_expert_dim", width, 1)
-    if not s["num_shared_experts"] and (width or gate):
-        raise ValueError(
-            "`shared_expert_dim` and `shared_expert_gate` need shared experts. "
-            f"Received: shared_expert_dim={width!r}, shared_expert_gate={gate!r}, "
-            "num_shared_experts=0"
-        )
+    checks.shared_experts(
+        s["num_shared_experts"], s["shared_expert_dim"], s["shared_expert_gate"]
+    )
     if s["router"] != "top_k":
         raise ValueError(
             "`router` must be 'top_k' to be planned: the weights of others are "
@@ -418,8 +400,7 @@ def _sequence_length(length, context):
 
 
 def _mixtures(s):
-    layers = range(s["num_layers"])
-    return sum(moe_backbone.is_mixture(s, index) for index in layers)
+    return len(architecture.mixture_layers(s))
 
 
 def _dense_layers(s):
@@ -476,7 +457,7 @@ def _weights(s):
     norms = (4 if s["output_norms"] else 2) * s["num_layers"] + 1
     yield _Weight("norms", (D,), norms * _NORM_VECTORS[s["norm"]])
     if _dense_layers(s):
-        width, gated = s["dense_dim"], _dense_gated(s)
+        width, gated = s["dense_dim"], architecture.dense_gated(s)
         yield from _feed_forward("dense", D, width, gated, _dense_layers(s))
     if _mixtures(s):
         yield from _mixture(s)
@@ -543,7 +524,7 @@ def _mixture(s):
         yield _Weight("routers", (E,), count, float32=True, trainable=False)
     for shape in [(E, D, F)] * (2 if s["expert_gated"] else 1) + [(E, F, D)]:
         yield _Weight("experts", shape, count, used=chosen, multiplied=True)
-    width = _shared_width(s)
+    width = architecture.shared_dim(s)
     if width:
         gated = s["expert_gated"]
         yield from _feed_forward("shared experts", D, width, gated, count)
@@ -568,17 +549,6 @@ def _latent_sizes(s):
     D, H, n = s["hidden_dim"], s["num_query_heads"], s["head_dim"]
     r, v = s["rope_head_dim"], s["value_head_dim"]
     return D, H, s["query_rank"] or 0, s["key_value_rank"], n, r, v
-
-
-def _shared_width(s):
-    """The joint width of the shared experts, 0 where there are none."""
-    if not s["num_shared_experts"]:
-        return 0
-    return s["shared_expert_dim"] or s["num_shared_experts"] * s["expert_dim"]
-
-
-def _dense_gated(s):
-    return s["expert_gated"] if s["dense_gated"] is None else s["dense_gated"]
 
 
 def _parts(weights):
@@ -637,7 +607,7 @@ def _activations(s, size):
     shared = (6 if s["output_norms"] else 4) * D + _attention_activations(s)
     blocks = []
     if _dense_layers(s):
-        dense = (shared + _hidden(s["dense_dim"], _dense_gated(s))) * size
+        dense = (shared + _hidden(s["dense_dim"], architecture.dense_gated(s))) * size
         blocks += [dense] * _dense_layers(s)
     if _mixtures(s):
         mixture = shared * size + _mixture_activations(s, size)
@@ -660,7 +630,7 @@ def _attention_activations(s):
 def _mixture_activations(s, size):
     D, E, K = s["hidden_dim"], s["num_experts"], s["top_k"]
     kept = K * (2 * D + _hidden(s["expert_dim"], s["expert_gated"]))
-    kept += _hidden(_shared_width(s), s["expert_gated"])
+    kept += _hidden(architecture.shared_dim(s), s["expert_gated"])
     return kept * size + (D + 2 * E + K * D) * _FLOAT32
 
 

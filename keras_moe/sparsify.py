@@ -18,6 +18,7 @@ import keras
 from keras import ops
 
 from keras_moe.dispatch import combine, sort_by_expert
+from keras_moe.layers.experts import project_all
 from keras_moe.models._keras_hub import (
     as_stored,
     mixtral_decoder,
@@ -159,7 +160,9 @@ class _SparseBlock:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        dense = cls.__bases__[-1]
+        *_, dense = cls.__bases__
+        if not issubclass(dense, keras.layers.Layer):
+            return  # what several families share
         for name in ("__name__", "__qualname__", "__module__"):
             setattr(cls, name, getattr(dense, name))
 
@@ -200,7 +203,7 @@ class _SparseBlock:
         bank = self.expert_bank
         *inner, down = as_stored(getattr(bank, name) for name in self.kernels)
         return [
-            Stage(_project, tuple(inner)),
+            Stage(project_all, tuple(inner)),
             Stage(self._narrow(bank.activation), (down,)),
         ]
 
@@ -236,34 +239,27 @@ class _SparseMixtral(_SparseBlock, mixtral_decoder.MixtralSparseMoeBlock):
         return _NarrowPair(activation)
 
 
-class _SparseQwen3Moe(_SparseBlock, qwen3_moe_decoder.Qwen3SparseMoeBlock):
-    bank = qwen3_moe_decoder.Qwen3MoeExperts
+class _SparseQwen(_SparseBlock):
     kernels = ("_expert_feedforward_gate_dense", "_expert_feedforward_output_dense")
+
+    def _normalizes_gates(self):
+        return self.norm_top_k_prob
+
+    def _loss_coefficient(self):
+        return self.router_aux_loss_coefficient
+
+    def _narrow(self, activation):
+        return _NarrowHalves(activation)
+
+
+class _SparseQwen3Moe(_SparseQwen, qwen3_moe_decoder.Qwen3SparseMoeBlock):
+    bank = qwen3_moe_decoder.Qwen3MoeExperts
     balance_loss = staticmethod(qwen3_moe_decoder.compute_load_balancing_loss)
 
-    def _normalizes_gates(self):
-        return self.norm_top_k_prob
 
-    def _loss_coefficient(self):
-        return self.router_aux_loss_coefficient
-
-    def _narrow(self, activation):
-        return _NarrowHalves(activation)
-
-
-class _SparseQwenMoe(_SparseBlock, qwen_moe_decoder.QwenSparseMoeBlock):
+class _SparseQwenMoe(_SparseQwen, qwen_moe_decoder.QwenSparseMoeBlock):
     bank = qwen_moe_decoder.QwenMoeExperts
-    kernels = ("_expert_feedforward_gate_dense", "_expert_feedforward_output_dense")
     balance_loss = staticmethod(qwen_moe_decoder.compute_load_balancing_loss)
-
-    def _normalizes_gates(self):
-        return self.norm_top_k_prob
-
-    def _loss_coefficient(self):
-        return self.router_aux_loss_coefficient
-
-    def _narrow(self, activation):
-        return _NarrowHalves(activation)
 
     def _add_shared(self, tokens, outputs):
         gate = ops.sigmoid(self.shared_expert_gate_dense(tokens))
@@ -278,11 +274,6 @@ _SPARSE = {
 
 
 # --- The experts, as stages of `grouped_apply`.
-
-
-def _project(matmul, inputs, kernels):
-    (x,) = inputs
-    return tuple(matmul(x, kernel) for kernel in kernels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,6 +81,7 @@ def drawn_settings(draw):
             "moe_every": moe_every,
             "moe_offset": draw(st.integers(0, moe_every - 1)),
             "dense_first_layers": draw(st.integers(0, 2)),
+            "dense_layers": draw(st.sampled_from([None, [0]])),
             "selection_bias": one_of(True, False),
         }
         if config["num_shared_experts"]:
@@ -537,7 +538,7 @@ def test_bad_settings(overrides, parts):
 
 
 def test_settings_missing():
-    with raises("`preset` must set 'vocabulary_size', 'num_layers'", "Received"):
+    with raises("Settings must hold 'vocabulary_size', 'num_layers'", "Received"):
         keras_moe.plan({"hidden_dim": 8, "num_query_heads": 2}, sequence_length=4)
 
 

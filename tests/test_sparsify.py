@@ -156,20 +156,19 @@ def _assert_equal_gradients(family, mode, **overrides):
 
 # One layer, as compiling takes most of the time: which of several are mixtures is
 # a matter of outputs.
-@pytest.mark.parametrize(
-    ("family", "overrides"),
-    [case for case in CASES if not {"mlp_only_layers", "num_layers"} & case[1].keys()],
-)
-def test_losses_and_gradients(family, overrides):
+GRADIENT_CASES = [
+    (family, overrides, execution.COMPILED)
+    for family, overrides in CASES
+    if not {"mlp_only_layers", "num_layers"} & overrides.keys()
+] + [("qwen_moe", {}, mode) for mode in execution.MODES if mode != execution.COMPILED]
+
+
+@pytest.mark.parametrize(("family", "overrides", "mode"), GRADIENT_CASES)
+def test_losses_and_gradients(family, overrides, mode):
     overrides = {**overrides, "num_layers": 1, "decoder_sparse_step": 1}
     if family == "mixtral":
         del overrides["decoder_sparse_step"]
-    _assert_equal_gradients(family, execution.COMPILED, **overrides)
-
-
-@pytest.mark.parametrize("mode", execution.MODES[:-1])
-def test_losses_and_gradients_in_other_modes(mode):
-    _assert_equal_gradients("qwen_moe", mode, num_layers=1)
+    _assert_equal_gradients(family, mode, **overrides)
 
 
 @of_families
@@ -198,25 +197,13 @@ def test_half_precision(family, dtype):
 
 
 @of_families
-def test_greedy_generation(family):
-    dense, sparse = _twins(family)
+@pytest.mark.parametrize(("sampler", "length"), [("greedy", 9), ("beam", 6)])
+def test_generation(family, sampler, length):
+    inputs = _inputs(length=length)
+    inputs["padding_mask"][:, 4:] = 0
     tokens = []
-    for task in (dense, sparse):
-        task.compile(sampler="greedy")
-        inputs = _inputs(length=9)
-        inputs["padding_mask"][:, 4:] = 0
-        tokens.append(task.generate(inputs, stop_token_ids=None)["token_ids"])
-    np.testing.assert_array_equal(*tokens)
-
-
-@of_families
-def test_beams(family):
-    dense, sparse = _twins(family)
-    tokens = []
-    for task in (dense, sparse):
-        task.compile(sampler="beam")
-        inputs = _inputs(length=6)
-        inputs["padding_mask"][:, 4:] = 0
+    for task in _twins(family):
+        task.compile(sampler=sampler)
         tokens.append(task.generate(inputs, stop_token_ids=None)["token_ids"])
     np.testing.assert_array_equal(*tokens)
 

@@ -10,10 +10,11 @@ import tempfile
 import keras
 import numpy as np
 
+from keras_moe import architecture
 from keras_moe.checkpoints import tables
 from keras_moe.checkpoints.config_reader import ConfigReader
-from keras_moe.checkpoints.families import FAMILIES, common
-from keras_moe.checkpoints.loading import complete_settings, numpy_dtype
+from keras_moe.checkpoints.families import FAMILIES
+from keras_moe.checkpoints.loading import numpy_dtype
 from keras_moe.checkpoints.shards import INDEX, SINGLE, ShardWriter
 from keras_moe.checkpoints.tokenizer_files import write_json, write_tokenizer
 
@@ -69,7 +70,7 @@ def export_to_transformers(
     folder = pathlib.Path(folder)
     limit = _parse_size(max_shard_size)
     dtype = _export_dtype(dtype, backbone)
-    settings = _export_settings(backbone)
+    settings = architecture.complete(backbone.get_config(), type(backbone))
     family, config = find_export(settings)
     if folder.exists() and not overwrite:
         raise FileExistsError(
@@ -95,11 +96,6 @@ def export_to_transformers(
     except BaseException:  # an interruption, too, must leave nothing behind
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _export_settings(backbone):
-    config = backbone.get_config()
-    return complete_settings(type(backbone), config)
 
 
 def find_export(settings):
@@ -188,46 +184,32 @@ _NEUTRAL = {
 def _canonical(settings):
     """Settings that compute the same become the same; those of training go."""
     s = {key: value for key, value in settings.items() if key not in _OF_TRAINING}
-    for key in ("context_length", "name", "trainable", "dtype"):
-        s.pop(key, None)
-    mixtures = tuple(common.is_mixture(s, layer) for layer in range(s["num_layers"]))
-    s["num_key_value_heads"] = s["num_key_value_heads"] or s["num_query_heads"]
-    s["normalize_gates"] = common.normalizes(s)
+    s["shared_dim"] = architecture.shared_dim(s)
+    s["mixtures"] = architecture.mixture_layers(s)
+    s["sliding_layers"] = architecture.sliding_layers(s)
+    s["normalize_gates"] = architecture.normalizes_gates(s)
+    s["num_key_value_heads"] = architecture.num_key_value_heads(s)
+    left = [
+        "context_length",
+        *("num_shared_experts", "shared_expert_dim"),
+        *("moe_every", "moe_offset", "dense_first_layers", "dense_layers"),
+    ]
     if s["scores"] == "softmax":
-        del s["gates_from"]  # it comes to the same
-    s["shared_dim"] = common.shared_dim(s)
-    s["mixtures"] = mixtures
-    for key in ("num_shared_experts", "shared_expert_dim"):
-        del s[key]
-    for key in ("dense_first_layers", "moe_every", "moe_offset"):
-        del s[key]
-    dense_gated = s.pop("dense_gated")
-    if all(mixtures):
-        del s["dense_dim"]
+        left += ["gates_from"]  # it comes to the same
+    if len(s["mixtures"]) == s["num_layers"]:
+        left += ["dense_dim", "dense_gated"]
     else:
-        s["dense_gated"] = s["expert_gated"] if dense_gated is None else dense_gated
-    if s["attention"] == "latent":
-        s["num_key_value_heads"] = s["num_query_heads"]
-    else:
-        s["head_dim"] = common.head_dim(s)
-        for key in ("query_rank", "key_value_rank", "rope_head_dim", "value_head_dim"):
-            del s[key]
+        s["dense_gated"] = architecture.dense_gated(s)
+    if s["attention"] != "latent":
+        s["head_dim"] = architecture.head_dim(s)
+        left += ["query_rank", "key_value_rank", "rope_head_dim", "value_head_dim"]
     if s["positions"] == "rotary":
-        for key in ("relative_buckets", "relative_max_distance"):
-            del s[key]
+        left += ["relative_buckets", "relative_max_distance"]
     else:
-        del s["rope_theta"]
-    if s["expert_groups"] == 1 or s["expert_groups"] == s["top_k_groups"]:
-        # All groups are searched.
-        for key in ("expert_groups", "top_k_groups", "group_scores"):
-            del s[key]
-    if s["sliding_window"] is None:
-        s["sliding_layers"] = ()
-    else:
-        every = range(s["num_layers"])
-        layers = s["sliding_layers"]
-        s["sliding_layers"] = tuple(every if layers is None else sorted(layers))
-    return s
+        left += ["rope_theta"]
+    if s["expert_groups"] in (1, s["top_k_groups"]):  # all groups are searched
+        left += ["expert_groups", "top_k_groups", "group_scores"]
+    return {key: value for key, value in s.items() if key not in left}
 
 
 def _write_config(folder, family, config, dtype):

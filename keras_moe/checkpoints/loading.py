@@ -1,6 +1,5 @@
 """A checkpoint of Transformers becomes a backbone, a weight at a time."""
 
-import inspect
 import math
 import pathlib
 
@@ -8,6 +7,7 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+from keras_moe import architecture
 from keras_moe.checkpoints import memory, tables
 from keras_moe.checkpoints.config_reader import ConfigReader
 from keras_moe.checkpoints.families import find_family
@@ -82,7 +82,7 @@ def load_backbone(
     settings.update(kwargs)
     if not load_weights:
         return backbone_cls(**settings, dtype=dtype)
-    complete = complete_settings(backbone_cls, settings)
+    complete = architecture.complete(settings, backbone_cls)
     entries = family.entries(complete)
     with Shards(folder) as shards:
         _check_tensors(shards, entries, family, complete)
@@ -142,17 +142,6 @@ def _dequantise(part, scales, block):
         for size, width, count in zip(part.shape, block, scales.shape, strict=True)
     )
     return part.astype(np.float32) * scales.astype(np.float32)[rows][:, columns]
-
-
-def complete_settings(backbone_cls, settings):
-    """Settings with the defaults of all that they do not mention."""
-    parameters = inspect.signature(backbone_cls.__init__).parameters.values()
-    defaults = {
-        p.name: p.default
-        for p in parameters
-        if p.default is not inspect.Parameter.empty
-    }
-    return {**defaults, **settings}
 
 
 def numpy_dtype(name):

@@ -91,7 +91,7 @@ class Experts(keras.layers.Layer):
     def call(self, inputs, group_sizes):
         inner = (self.gate_kernel, self.up_kernel) if self.gated else (self.up_kernel,)
         stages = [
-            Stage(_widen, inner),
+            Stage(project_all, inner),
             Stage(_Narrow(self.activation), (self.down_kernel,)),
         ]
         return grouped_apply(stages, inputs, group_sizes)
@@ -110,7 +110,8 @@ class Experts(keras.layers.Layer):
         }
 
 
-def _widen(matmul, inputs, kernels):
+def project_all(matmul, inputs, kernels):
+    """A stage of `grouped_apply`: its one input by each of the kernels."""
     (x,) = inputs
     return tuple(matmul(x, kernel) for kernel in kernels)
 

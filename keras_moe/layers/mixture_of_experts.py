@@ -181,20 +181,12 @@ class MixtureOfExperts(keras.layers.Layer):
         checks.at_least("num_experts", num_experts, 1)
         checks.at_least("intermediate_dim", intermediate_dim, 1)
         checks.top_k(top_k, num_experts)
-        checks.at_least("num_shared_experts", num_shared_experts, 0)
+        checks.shared_experts(num_shared_experts, shared_expert_dim, shared_expert_gate)
         checks.not_negative("balance_loss", balance_loss)
         checks.not_negative("z_loss", z_loss)
         checks.one_of("balance_choices", balance_choices, ("all", "first"))
         checks.fraction("router_jitter", router_jitter)
         checks.not_negative("bias_update_rate", bias_update_rate)
-        if shared_expert_dim is not None:
-            checks.at_least("shared_expert_dim", shared_expert_dim, 1)
-        if not num_shared_experts and (shared_expert_dim or shared_expert_gate):
-            raise ValueError(
-                "`shared_expert_dim` and `shared_expert_gate` need shared experts. "
-                f"Received: shared_expert_dim={shared_expert_dim!r}, "
-                f"shared_expert_gate={shared_expert_gate!r}, num_shared_experts=0"
-            )
         self.supports_masking = True
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim

@@ -3,13 +3,11 @@
 B  batch        S  sequence length      D  `hidden_dim`     V  `vocabulary_size`
 """
 
-import inspect
-
 import keras
 import keras_hub
 import numpy as np
 
-from keras_moe import checkpoints, checks
+from keras_moe import architecture
 from keras_moe.layers import (
     DecoderBlock,
     FeedForward,
@@ -19,13 +17,12 @@ from keras_moe.layers import (
 )
 from keras_moe.layers.decoder_block import normalization
 from keras_moe.layers.initializers import fresh
-from keras_moe.models import presets
-from keras_moe.models._keras_hub import classproperty
 from keras_moe.models.compression import warn_experts_left
+from keras_moe.models.pretrained import PretrainedBackbone
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoEBackbone(keras_hub.models.Backbone):
+class MoEBackbone(PretrainedBackbone, keras_hub.models.Backbone):
     """A decoder-only Transformer whose feed-forward blocks are mixtures.
 
     One class for every decoder family; a published model is a preset of its
@@ -34,8 +31,8 @@ class MoEBackbone(keras_hub.models.Backbone):
     ([Du et al., 2021](https://arxiv.org/abs/2112.06905)). With `num_experts=0` it
     is the dense Transformer to compare with.
 
-    Layer `i`, from 0, is a mixture where `i >= dense_first_layers` and
-    `i % moe_every == moe_offset`, and dense elsewhere.
+    Layer `i`, from 0, is a mixture where `i >= dense_first_layers`,
+    `i % moe_every == moe_offset` and `i` is not in `dense_layers`, and dense elsewhere.
 
     Args:
         vocabulary_size: int, V.
@@ -51,6 +48,7 @@ class MoEBackbone(keras_hub.models.Backbone):
         moe_every: int, every how many layers a mixture stands.
         moe_offset: int, below `moe_every`, at which of them.
         dense_first_layers: int, leading layers that are dense in any case.
+        dense_layers: None, or the indices of other layers that are.
         dense_dim: int, the hidden width of dense layers; needed where there are
             any.
         activation: a Keras activation by name, of experts and dense layers.
@@ -192,19 +190,21 @@ class MoEBackbone(keras_hub.models.Backbone):
         output_norms=False,
         embedding_multiplier=1.0,
         output_multiplier=1.0,
+        dense_layers=None,
         dtype=None,
         **kwargs,
     ):
         settings = {name: value for name, value in locals().items() if name in SETTINGS}
-        check_settings(settings, kwargs)
+        architecture.check_names(kwargs, MoEBackbone)
+        architecture.check(settings)
         initializer = keras.initializers.RandomNormal(stddev=initializer_stddev)
 
         def feed_forward(index):
-            if not is_mixture(settings, index):
+            if not architecture.is_mixture(settings, index):
                 return FeedForward(
                     dense_dim,
                     activation=activation,
-                    gated=expert_gated if dense_gated is None else dense_gated,
+                    gated=architecture.dense_gated(settings),
                     kernel_initializer=initializer,
                     dtype=dtype,
                     name="feed_forward",
@@ -221,7 +221,7 @@ class MoEBackbone(keras_hub.models.Backbone):
             )
 
         def attention_layer(index):
-            slides = sliding_layers is None or index in sliding_layers
+            slides = index in architecture.sliding_layers(settings)
             common = dict(
                 rope_theta=rope_theta,
                 rope_scaling=rope_scaling,
@@ -341,72 +341,6 @@ class MoEBackbone(keras_hub.models.Backbone):
                 found.append(statistics)
         return found
 
-    @classproperty
-    def presets(cls):
-        """A dict of the presets by name: family, paper, licence, checkpoint."""
-        return presets.descriptions()
-
-    @classmethod
-    def from_preset(
-        cls,
-        preset,
-        load_weights=True,
-        revision=None,
-        token=None,
-        verbose=None,
-        **kwargs,
-    ):
-        """Builds a backbone from a preset, or from a checkpoint of Transformers.
-
-        Args:
-            preset: str: the name of a preset (see `MoEBackbone.presets`), a local
-                folder, or a handle as KerasHub accepts them. A folder or a
-                repository `"hf://user/model"` may also hold a checkpoint of
-                Transformers (`config.json` and safetensors), and a preset may
-                have its weights in such a repository: they are fetched.
-            load_weights: bool, False for random weights.
-            revision: str or None: a branch, tag or commit of the repository, which
-                `"hf://user/model@revision"` may name as well.
-            token: str or None: who asks the hub; None for the token that is logged
-                in or in `HF_TOKEN`.
-            verbose: bool or None: a progress bar as a checkpoint is converted; None
-                shows one in a terminal.
-            **kwargs: settings to override, such as `dtype`, `num_layers` or
-                `dropout`. With weights, those that change none of them.
-
-        Raises:
-            ValueError: for an unknown preset, weights that do not exist or fit,
-                broken JSON or files, and a checkpoint of a model that the layers
-                do not compute.
-            FileNotFoundError: for a folder in which a file is missing.
-            MemoryError: for a checkpoint that there is no room for.
-            PermissionError: for a repository that the token may not read.
-            ConnectionError: where the hub cannot be reached.
-        """
-        folder = presets.preset_folder(preset, load_weights, revision, token)
-        if presets.is_checkpoint(folder):
-            kwargs = {**presets.training_settings(preset), **kwargs}
-            return checkpoints.load_backbone(
-                cls, folder, load_weights, verbose=verbose, **kwargs
-            )
-        backbone = super().from_preset(folder, load_weights=load_weights, **kwargs)
-        if load_weights:
-            presets.check_weights(folder, backbone)
-        return backbone
-
-    def export_to_transformers(
-        self, path, dtype=None, max_shard_size="5GB", overwrite=False
-    ):
-        """Writes a folder for Transformers: see `checkpoints.export_to_transformers`.
-
-        Args:
-            path: path of the folder to make.
-            dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None for the weights'.
-            max_shard_size: int, in bytes, or str such as `"5GB"`.
-            overwrite: bool, whether a folder that exists is replaced.
-        """
-        checkpoints.export_to_transformers(self, path, dtype, max_shard_size, overwrite)
-
     def enable_lora(self, rank, target_layer_names=None):
         """As KerasHub's; experts take no part yet, and a warning says so."""
         super().enable_lora(rank, target_layer_names)
@@ -422,11 +356,7 @@ class MoEBackbone(keras_hub.models.Backbone):
         return {**config, **{name: getattr(self, name) for name in SETTINGS}}
 
 
-SETTINGS = tuple(
-    name
-    for name in inspect.signature(MoEBackbone.__init__).parameters
-    if name not in ("self", "dtype", "kwargs")
-)
+SETTINGS = architecture.names(MoEBackbone)
 
 _MIXTURE_SETTINGS = (
     "top_k",
@@ -454,82 +384,9 @@ _MIXTURE_SETTINGS = (
     "gate_scale",
 )
 
-# What each kind of attention needs, and what only it knows.
-_LATENT_SETTINGS = ("key_value_rank", "rope_head_dim", "value_head_dim", "query_rank")
-_GROUPED_QUERY_SETTINGS = (
-    "num_key_value_heads",
-    "query_key_norm",
-    "clip_query_key_value",
-)
-
 
 def _scaled(x, multiplier):
     return x if multiplier == 1.0 else x * multiplier
-
-
-def is_mixture(settings, index):
-    """Whether layer `index` is a mixture with these settings of `MoEBackbone`."""
-    return (
-        settings["num_experts"] > 0
-        and index >= settings["dense_first_layers"]
-        and index % settings["moe_every"] == settings["moe_offset"]
-    )
-
-
-def check_settings(settings, others):
-    """Refuses what the layers cannot check, or only after long work."""
-    for name in others:
-        # Keras would take a misspelt setting in silence.
-        checks.one_of("setting", name, (*SETTINGS, "dtype", "name", "trainable"))
-    for name in ("vocabulary_size", "num_layers", "hidden_dim", "moe_every"):
-        checks.at_least(name, settings[name], 1)
-    for name in ("num_experts", "moe_offset", "dense_first_layers"):
-        checks.at_least(name, settings[name], 0)
-    if settings["context_length"] is not None:
-        checks.at_least("context_length", settings["context_length"], 1)
-    checks.positive("initializer_stddev", settings["initializer_stddev"])
-    checks.positive("embedding_multiplier", settings["embedding_multiplier"])
-    checks.positive("output_multiplier", settings["output_multiplier"])
-    _check_attention(settings)
-    if settings["moe_offset"] >= settings["moe_every"]:
-        raise ValueError(
-            "`moe_offset` must be below `moe_every` "
-            f"({settings['moe_every']}). Received: moe_offset={settings['moe_offset']}"
-        )
-    kinds = {is_mixture(settings, i) for i in range(settings["num_layers"])}
-    for kind, name in ((True, "expert_dim"), (False, "dense_dim")):
-        if kind in kinds and settings[name] is None:
-            raise ValueError(
-                f"`{name}` is needed where there are "
-                f"{'mixture' if kind else 'dense'} layers. Received: {name}=None"
-            )
-
-
-def _check_attention(settings):
-    checks.one_of("attention", settings["attention"], ("grouped_query", "latent"))
-    latent = settings["attention"] == "latent"
-    for name in _GROUPED_QUERY_SETTINGS if latent else _LATENT_SETTINGS:
-        if settings[name] is not None:
-            raise ValueError(
-                f"`{name}` must be None with `attention={settings['attention']!r}`. "
-                f"Received: {name}={settings[name]!r}"
-            )
-    if latent:
-        for name in ("head_dim", *_LATENT_SETTINGS[:-1]):
-            checks.at_least(name, settings[name], 1)
-        if settings["positions"] != "rotary":
-            raise ValueError(
-                '`positions` must be "rotary" with `attention="latent"`. '
-                f"Received: positions={settings['positions']!r}"
-            )
-    if settings["sliding_layers"] is not None:
-        if settings["sliding_window"] is None:
-            raise ValueError(
-                "`sliding_layers` needs a `sliding_window`. "
-                f"Received: sliding_layers={settings['sliding_layers']!r}"
-            )
-        for index in settings["sliding_layers"]:
-            checks.one_of("sliding_layers' entry", index, range(settings["num_layers"]))
 
 
 def check_inputs(inputs, vocabulary_size, context_length):

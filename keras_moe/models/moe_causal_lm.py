@@ -11,16 +11,16 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_moe import checkpoints, checks
-from keras_moe.models import presets
-from keras_moe.models._keras_hub import any_equal, classproperty
+from keras_moe import checks
+from keras_moe.models._keras_hub import any_equal
 from keras_moe.models.compression import warn_experts_left
-from keras_moe.models.moe_backbone import SETTINGS, MoEBackbone, check_inputs
+from keras_moe.models.moe_backbone import MoEBackbone, check_inputs
 from keras_moe.models.moe_causal_lm_preprocessor import MoECausalLMPreprocessor
+from keras_moe.models.pretrained import PretrainedTask
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoECausalLM(keras_hub.models.CausalLM):
+class MoECausalLM(PretrainedTask, keras_hub.models.CausalLM):
     """A mixture-of-experts language model that trains on text and generates it.
 
     All that KerasHub's users do with a `CausalLM` works: `fit`, `evaluate` and
@@ -70,69 +70,6 @@ class MoECausalLM(keras_hub.models.CausalLM):
         inputs = backbone.input
         outputs = backbone.logits(backbone(inputs))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-
-    @classproperty
-    def presets(cls):
-        """A dict of the presets by name: family, paper, licence, checkpoint."""
-        return presets.descriptions()
-
-    @classmethod
-    def from_preset(
-        cls,
-        preset,
-        load_weights=True,
-        revision=None,
-        token=None,
-        verbose=None,
-        **kwargs,
-    ):
-        """Builds a causal language model from a preset, or from a checkpoint.
-
-        Args:
-            preset: as for `MoEBackbone.from_preset`.
-            load_weights: bool, as there.
-            revision: str or None, as there.
-            token: str or None, as there.
-            verbose: bool or None, as there.
-            **kwargs: settings of the backbone to override, as there, and
-                arguments of this class. Without `preprocessor` the preset's own
-                is loaded, and a preset without a tokenizer has none.
-
-        Raises:
-            ValueError: as there.
-        """
-        trained = presets.training_settings(preset)
-        preset = presets.preset_folder(preset, load_weights, revision, token)
-        settings = {
-            name: kwargs.pop(name) for name in ("dtype", *SETTINGS) if name in kwargs
-        }
-        if "backbone" not in kwargs:
-            if presets.is_checkpoint(preset):
-                settings = {**trained, **settings}
-            kwargs["backbone"] = MoEBackbone.from_preset(
-                preset, load_weights=load_weights, verbose=verbose, **settings
-            )
-        elif settings:
-            raise ValueError(
-                "`backbone` cannot be given together with settings of a backbone. "
-                f"Received: backbone and {', '.join(settings)}"
-            )
-        if "preprocessor" not in kwargs and presets.has_tokenizer(preset):
-            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
-        return cls(**kwargs)
-
-    def export_to_transformers(
-        self, path, dtype=None, max_shard_size="5GB", overwrite=False
-    ):
-        """Writes a folder for Transformers: see `checkpoints.export_to_transformers`.
-
-        Args:
-            path: path of the folder to make.
-            dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None for the weights'.
-            max_shard_size: int, in bytes, or str such as `"5GB"`.
-            overwrite: bool, whether a folder that exists is replaced.
-        """
-        checkpoints.export_to_transformers(self, path, dtype, max_shard_size, overwrite)
 
     def compile(self, optimizer="auto", *args, **kwargs):
         """As `keras_hub.models.CausalLM.compile`, aware of half-precision weights.

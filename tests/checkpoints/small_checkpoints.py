@@ -127,7 +127,7 @@ CONFIGS = {
             "original_max_position_embeddings": 16,
         },
     },
-    "qwen2_moe": {**_QWEN2, "mlp_only_layers": [0], "norm_topk_prob": True},
+    "qwen2_moe": {**_QWEN2, "mlp_only_layers": [1], "norm_topk_prob": True},
     "qwen2_moe_window": {
         **_QWEN2,
         "decoder_sparse_step": 2,

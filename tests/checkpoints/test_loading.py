@@ -466,7 +466,7 @@ def test_refuses_settings_that_do_not_fit_the_weights(mixtral):
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("mixtral", {"quantization_config": {"quant_method": "gptq"}}, "quantization"),
         ("mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
-        ("qwen2_moe", {"mlp_only_layers": [1]}, "mlp_only_layers"),
+        ("qwen2_moe", {"mlp_only_layers": 1}, "mlp_only_layers"),
         ("qwen2_moe", {"layer_types": ["chunked"] * 3}, "layer_types"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),

@@ -30,6 +30,8 @@ def _mixture_indices(backbone):
         ({"moe_every": 2, "moe_offset": 1}, [1, 3]),
         ({"dense_first_layers": 2}, [2, 3, 4]),
         ({"moe_every": 2, "dense_first_layers": 1}, [2, 4]),
+        ({"dense_layers": [3, 1]}, [0, 2, 4]),
+        ({"moe_every": 2, "dense_layers": [2], "dense_first_layers": 1}, [4]),
         ({"num_experts": 0}, []),
     ],
 )
@@ -70,6 +72,7 @@ def test_layer_pattern(pattern, expected):
         ({**LATENT, "positions": "relative_bias"}, "`positions`.*relative_bias"),
         ({"sliding_layers": [0]}, "`sliding_layers` needs a `sliding_window`"),
         ({"sliding_window": 4, "sliding_layers": [2]}, "sliding_layers.*2"),
+        ({"dense_layers": [0, 9]}, "dense_layers.*9"),
         ({"embedding_multiplier": 0}, "embedding_multiplier"),
         ({"rope_scaling": {"type": "magic"}}, "rope_scaling.*'magic'"),
         ({"expert_groups": 3}, "`num_experts` must be a multiple of `groups`"),

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from keras_moe import architecture
 from keras_moe.checkpoints.config_reader import ACTIVATIONS, as_number
 from keras_moe.checkpoints.tables import Table
 
@@ -38,6 +39,13 @@ _ROPE_REQUIRED = {
 }
 
 
+def may_be_ignored(name, settings):
+    """Tensors that repeat what is known: tied embeddings, rotary frequencies."""
+    return (name == "lm_head.weight" and settings["tied_embeddings"]) or name.endswith(
+        ".rotary_emb.inv_freq"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """How one `model_type` of Transformers is a `MoEBackbone`.
@@ -58,7 +66,7 @@ class Family:
     settings: Callable
     config: Callable
     entries: Callable
-    ignored: Callable
+    ignored: Callable = may_be_ignored
 
 
 def size_settings(read, epsilon):
@@ -86,7 +94,7 @@ def size_config(s):
         "num_hidden_layers": s["num_layers"],
         "hidden_size": s["hidden_dim"],
         "num_attention_heads": s["num_query_heads"],
-        "num_key_value_heads": s["num_key_value_heads"] or s["num_query_heads"],
+        "num_key_value_heads": architecture.num_key_value_heads(s),
         "hidden_act": to_activation(s["activation"]),
         "rms_norm_eps": s["norm_epsilon"],
         "tie_word_embeddings": s["tied_embeddings"],
@@ -99,11 +107,6 @@ def to_activation(name):
     """The name of Transformers for a Keras activation; its own where there is none."""
     theirs = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     return theirs.get(name, name)
-
-
-def head_dim(s):
-    """d, computed where it is not set."""
-    return s["head_dim"] or s["hidden_dim"] // s["num_query_heads"]
 
 
 def rope_settings(read, theta=10000.0, kinds=("linear", "yarn", "llama3")):
@@ -190,26 +193,11 @@ def dense_or_mixture(read, step_key="decoder_sparse_step"):
     dense = read.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
         read.refuse("mlp_only_layers", "a list of layers")
-    # Only what takes a mixture away counts.
-    dense = {i for i in dense if 0 <= i < layers}
-    pattern = [(i + 1) % step == 0 and i not in dense for i in range(layers)]
-    first = pattern.index(True) if True in pattern else layers
-    if pattern != [(i + 1) % step == 0 and i >= first for i in range(layers)]:
-        read.refuse("mlp_only_layers", "the first layers")
     return {
         "moe_every": step,
         "moe_offset": step - 1,
-        "dense_first_layers": first if dense else 0,
+        "dense_layers": sorted({i for i in dense if 0 <= i < layers}) or None,
     }
-
-
-def is_mixture(s, layer):
-    """Whether a layer is a mixture."""
-    return (
-        s["num_experts"] > 0
-        and layer >= s["dense_first_layers"]
-        and layer % s["moe_every"] == s["moe_offset"]
-    )
 
 
 def qwen_pattern_config(s):
@@ -220,23 +208,9 @@ def qwen_pattern_config(s):
         "mlp_only_layers": [
             layer
             for layer in range(s["num_layers"])
-            if (layer + 1) % step == 0 and not is_mixture(s, layer)
+            if (layer + 1) % step == 0 and not architecture.is_mixture(s, layer)
         ],
     }
-
-
-def shared_dim(s):
-    """The hidden width of all shared experts together, 0 without any."""
-    if not s["num_shared_experts"]:
-        return 0
-    return s["shared_expert_dim"] or s["num_shared_experts"] * s["expert_dim"]
-
-
-def normalizes(s):
-    """Whether the gates of the chosen experts are made to sum to one."""
-    if s["gates_from"] == "top_k" and s["scores"] == "softmax":
-        return True
-    return s["top_k"] > 1 if s["normalize_gates"] is None else s["normalize_gates"]
 
 
 def embeddings(table, embedding="model.embed_tokens", norm="model.norm"):
@@ -257,9 +231,9 @@ def embeddings(table, embedding="model.embed_tokens", norm="model.norm"):
 def attention(table, theirs, ours):
     """Adds grouped-query attention with separate projections."""
     s = table.settings
-    features, size = (s["hidden_dim"],), head_dim(s)
+    features, size = (s["hidden_dim"],), architecture.head_dim(s)
     heads = s["num_query_heads"]
-    groups = s["num_key_value_heads"] or heads
+    groups = architecture.num_key_value_heads(s)
     bias = s["attention_bias"]
     for letter, name, count in (
         ("q", "query", heads),
@@ -325,9 +299,12 @@ def mixture(table, theirs, ours, names=GATED, shared=None):
                 inputs=1,
                 index=expert,
             )
-    if shared is not None and shared_dim(s):
+    if shared is not None and architecture.shared_dim(s):
         feed_forward(
-            table, f"{theirs}.{shared}", f"{ours}.shared_experts", shared_dim(s)
+            table,
+            f"{theirs}.{shared}",
+            f"{ours}.shared_experts",
+            architecture.shared_dim(s),
         )
     if s["shared_expert_gate"]:
         table.linear(
@@ -356,15 +333,8 @@ def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=
         table.norm(f"{theirs}.post_attention_layernorm", f"{ours}.feed_forward_norm")
         add_attention(table, f"{theirs}.self_attn", f"{ours}.attention")
         second = f"{theirs}.{block}", f"{ours}.feed_forward"
-        if is_mixture(settings, layer):
+        if architecture.is_mixture(settings, layer):
             mixture(table, *second, names=names, shared=shared)
         else:
             feed_forward(table, *second, settings["dense_dim"])
     return table.entries
-
-
-def may_be_ignored(name, settings):
-    """Tensors that repeat what is known: tied embeddings, rotary frequencies."""
-    return (name == "lm_head.weight" and settings["tied_embeddings"]) or name.endswith(
-        ".rotary_emb.inv_freq"
-    )

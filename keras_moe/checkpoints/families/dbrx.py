@@ -4,6 +4,7 @@ Its projections of queries, keys and values are one tensor, and so are the matri
 all experts.
 """
 
+from keras_moe import architecture
 from keras_moe.checkpoints.config_reader import ConfigReader
 from keras_moe.checkpoints.families import common
 from keras_moe.checkpoints.tables import Table
@@ -63,6 +64,7 @@ def _part(read, key):
 
 
 def _config(s):
+    normalizes = architecture.normalizes_gates(s)
     return {
         "vocab_size": s["vocabulary_size"],
         "n_layers": s["num_layers"],
@@ -75,7 +77,7 @@ def _config(s):
         "tie_word_embeddings": False,
         "attn_config": {
             "clip_qkv": s["clip_query_key_value"],
-            "kv_n_heads": s["num_key_value_heads"] or s["num_query_heads"],
+            "kv_n_heads": architecture.num_key_value_heads(s),
             "rope_theta": s["rope_theta"],
         },
         "ffn_config": {
@@ -84,7 +86,7 @@ def _config(s):
             "moe_num_experts": s["num_experts"],
             "moe_top_k": s["top_k"],
             "moe_jitter_eps": s["router_jitter"] or None,
-            "moe_normalize_expert_weights": 1.0 if common.normalizes(s) else None,
+            "moe_normalize_expert_weights": 1.0 if normalizes else None,
         },
         **common.rope_config(s),
     }
@@ -105,9 +107,9 @@ def _entries(settings):
 
 def _attention(table, theirs, ours):
     s = table.settings
-    features, size = (s["hidden_dim"],), common.head_dim(s)
+    features, size = (s["hidden_dim"],), architecture.head_dim(s)
     heads = s["num_query_heads"]
-    groups = s["num_key_value_heads"] or heads
+    groups = architecture.num_key_value_heads(s)
     row = 0
     for name, count in (("query", heads), ("key", groups), ("value", groups)):
         outputs = (count, size)
@@ -140,5 +142,4 @@ DBRX = common.Family(
     settings=_settings,
     config=_config,
     entries=_entries,
-    ignored=common.may_be_ignored,
 )

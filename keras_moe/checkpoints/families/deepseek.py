@@ -8,6 +8,7 @@
 import functools
 import re
 
+from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
 
@@ -31,7 +32,7 @@ def _shared_settings(read, rope_kinds=("linear", "yarn", "llama3")):
 
 
 def _shared_config(s):
-    shared = common.shared_dim(s)
+    shared = architecture.shared_dim(s)
     return {
         **common.size_config(s),
         **common.rope_config(s),
@@ -61,9 +62,9 @@ def _deepseek_settings(read):
 def _deepseek_config(s):
     return {
         **_shared_config(s),
-        "head_dim": common.head_dim(s),
+        "head_dim": architecture.head_dim(s),
         "moe_layer_freq": s["moe_every"],
-        "norm_topk_prob": common.normalizes(s),
+        "norm_topk_prob": architecture.normalizes_gates(s),
     }
 
 
@@ -73,7 +74,6 @@ DEEPSEEK = common.Family(
     settings=_deepseek_settings,
     config=_deepseek_config,
     entries=functools.partial(common.decoder, shared="shared_experts"),
-    ignored=common.may_be_ignored,
 )
 
 
@@ -234,7 +234,7 @@ def _v3_settings(read):
 def _v3_config(s):
     return {
         **_latent_config(s),
-        "norm_topk_prob": common.normalizes(s),
+        "norm_topk_prob": architecture.normalizes_gates(s),
         "n_group": s["expert_groups"],
         "topk_group": s["top_k_groups"],
         "rope_interleave": True,

@@ -1,5 +1,6 @@
 """Mixtral ([Jiang et al., 2024](https://arxiv.org/abs/2401.04088))."""
 
+from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
 
@@ -24,7 +25,7 @@ def _config(s):
     return {
         **common.size_config(s),
         **common.rope_config(s),
-        "head_dim": common.head_dim(s),
+        "head_dim": architecture.head_dim(s),
         "sliding_window": s["sliding_window"],
         "num_local_experts": s["num_experts"],
         "num_experts_per_tok": s["top_k"],
@@ -43,5 +44,4 @@ MIXTRAL = common.Family(
     settings=_settings,
     config=_config,
     entries=_entries,
-    ignored=common.may_be_ignored,
 )

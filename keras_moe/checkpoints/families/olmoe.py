@@ -1,5 +1,6 @@
 """OLMoE ([Muennighoff et al., 2024](https://arxiv.org/abs/2409.02060))."""
 
+from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
 
@@ -30,7 +31,7 @@ def _config(s):
         "num_experts": s["num_experts"],
         "num_experts_per_tok": s["top_k"],
         "intermediate_size": s["expert_dim"],
-        "norm_topk_prob": common.normalizes(s),
+        "norm_topk_prob": architecture.normalizes_gates(s),
     }
 
 
@@ -40,5 +41,4 @@ OLMOE = common.Family(
     settings=_settings,
     config=_config,
     entries=common.decoder,
-    ignored=common.may_be_ignored,
 )

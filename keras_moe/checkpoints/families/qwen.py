@@ -6,6 +6,7 @@
 
 import functools
 
+from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
 
@@ -30,12 +31,12 @@ def _shared_config(s):
         **common.size_config(s),
         **common.rope_config(s),
         **common.qwen_pattern_config(s),
-        "head_dim": common.head_dim(s),
+        "head_dim": architecture.head_dim(s),
         "num_experts": s["num_experts"],
         "num_experts_per_tok": s["top_k"],
         "moe_intermediate_size": s["expert_dim"],
         "intermediate_size": s["dense_dim"] or s["expert_dim"],
-        "norm_topk_prob": common.normalizes(s),
+        "norm_topk_prob": architecture.normalizes_gates(s),
     }
 
 
@@ -83,7 +84,7 @@ def _qwen2_config(s):
     return {
         **_shared_config(s),
         "qkv_bias": s["attention_bias"] == "query_key_value",
-        "shared_expert_intermediate_size": common.shared_dim(s),
+        "shared_expert_intermediate_size": architecture.shared_dim(s),
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "max_window_layers": s["num_layers"],
@@ -100,7 +101,6 @@ QWEN2_MOE = common.Family(
     settings=_qwen2_settings,
     config=_qwen2_config,
     entries=functools.partial(common.decoder, shared="shared_expert"),
-    ignored=common.may_be_ignored,
 )
 
 
@@ -131,5 +131,4 @@ QWEN3_MOE = common.Family(
     settings=_qwen3_settings,
     config=_qwen3_config,
     entries=common.decoder,
-    ignored=common.may_be_ignored,
 )

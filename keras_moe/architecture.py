@@ -1,0 +1,173 @@
+"""What a backbone's settings mean: what follows from them, and what they must be.
+
+Settings are a dict by the names of the arguments of a backbone's class, such as
+`MoEBackbone`. Everything here is asked of them alone: no weight and no layer is made.
+"""
+
+import inspect
+
+from keras_moe import checks
+
+_NOT_SETTINGS = ("self", "dtype", "kwargs")
+_OF_LAYERS = ("dtype", "name", "trainable")
+
+# What each kind of attention needs, and what only it knows.
+_LATENT_SETTINGS = ("key_value_rank", "rope_head_dim", "value_head_dim", "query_rank")
+_GROUPED_QUERY_SETTINGS = (
+    "num_key_value_heads",
+    "query_key_norm",
+    "clip_query_key_value",
+)
+
+
+def names(backbone_cls):
+    """The names of all settings of a class of backbones, a tuple."""
+    parameters = inspect.signature(backbone_cls.__init__).parameters
+    return tuple(name for name in parameters if name not in _NOT_SETTINGS)
+
+
+def check_names(given, backbone_cls):
+    """Refuses names that are no settings: Keras would take them in silence."""
+    for name in given:
+        checks.one_of("setting", name, (*names(backbone_cls), *_OF_LAYERS))
+
+
+def complete(settings, backbone_cls):
+    """All settings of a class: those given, and the defaults of the others.
+
+    Raises:
+        ValueError: for names that are no settings, and where one without a default
+            is missing.
+    """
+    check_names(settings, backbone_cls)
+    parameters = inspect.signature(backbone_cls.__init__).parameters
+    found = {}
+    for name in names(backbone_cls):
+        found[name] = settings.get(name, parameters[name].default)
+    missing = [n for n, value in found.items() if value is inspect.Parameter.empty]
+    if missing:
+        raise ValueError(
+            f"Settings must hold {', '.join(map(repr, missing))}. Received: "
+            f"{settings.get('name', 'settings')} without"
+        )
+    return found
+
+
+# --- What follows ---
+
+
+def is_mixture(settings, layer):
+    """Whether a layer, from 0, is a mixture."""
+    return (
+        settings["num_experts"] > 0
+        and layer >= settings["dense_first_layers"]
+        and layer % settings["moe_every"] == settings["moe_offset"]
+        and layer not in (settings["dense_layers"] or ())
+    )
+
+
+def mixture_layers(settings):
+    """The layers that are mixtures, a tuple of their indices."""
+    layers = range(settings["num_layers"])
+    return tuple(layer for layer in layers if is_mixture(settings, layer))
+
+
+def sliding_layers(settings):
+    """The layers whose attention has a window, a tuple of their indices."""
+    if settings["sliding_window"] is None:
+        return ()
+    if settings["sliding_layers"] is None:
+        return tuple(range(settings["num_layers"]))
+    return tuple(sorted(settings["sliding_layers"]))
+
+
+def dense_gated(settings):
+    """Whether dense layers are gated."""
+    given = settings["dense_gated"]
+    return settings["expert_gated"] if given is None else given
+
+
+def head_dim(settings):
+    """The features of a head."""
+    if settings["head_dim"] is not None:
+        return settings["head_dim"]
+    return settings["hidden_dim"] // settings["num_query_heads"]
+
+
+def num_key_value_heads(settings):
+    """The heads of keys and values."""
+    return settings["num_key_value_heads"] or settings["num_query_heads"]
+
+
+def shared_dim(settings):
+    """The hidden width of all shared experts together, 0 without any."""
+    if not settings["num_shared_experts"]:
+        return 0
+    given = settings["shared_expert_dim"]
+    return given or settings["num_shared_experts"] * settings["expert_dim"]
+
+
+def normalizes_gates(settings):
+    """Whether the gates of the chosen experts are made to sum to one."""
+    if settings["gates_from"] == "top_k" and settings["scores"] == "softmax":
+        return True
+    given = settings["normalize_gates"]
+    return settings["top_k"] > 1 if given is None else given
+
+
+# --- What they must be ---
+
+
+def check(settings):
+    """Refuses what the layers cannot check, or only after long work."""
+    for name in ("vocabulary_size", "num_layers", "hidden_dim", "moe_every"):
+        checks.at_least(name, settings[name], 1)
+    for name in ("num_experts", "moe_offset", "dense_first_layers"):
+        checks.at_least(name, settings[name], 0)
+    if settings["context_length"] is not None:
+        checks.at_least("context_length", settings["context_length"], 1)
+    for name in ("initializer_stddev", "embedding_multiplier", "output_multiplier"):
+        checks.positive(name, settings[name])
+    _check_attention(settings)
+    if settings["moe_offset"] >= settings["moe_every"]:
+        raise ValueError(
+            "`moe_offset` must be below `moe_every` "
+            f"({settings['moe_every']}). Received: moe_offset={settings['moe_offset']}"
+        )
+    for name in ("sliding_layers", "dense_layers"):
+        for index in settings[name] or ():
+            checks.one_of(f"an entry of {name}", index, range(settings["num_layers"]))
+    mixtures = len(mixture_layers(settings))
+    for count, kind, name in (
+        (mixtures, "mixture", "expert_dim"),
+        (settings["num_layers"] - mixtures, "dense", "dense_dim"),
+    ):
+        if count and settings[name] is None:
+            raise ValueError(
+                f"`{name}` is needed where there are {kind} layers. "
+                f"Received: {name}=None"
+            )
+
+
+def _check_attention(settings):
+    checks.one_of("attention", settings["attention"], ("grouped_query", "latent"))
+    latent = settings["attention"] == "latent"
+    for name in _GROUPED_QUERY_SETTINGS if latent else _LATENT_SETTINGS:
+        if settings[name] is not None:
+            raise ValueError(
+                f"`{name}` must be None with `attention={settings['attention']!r}`. "
+                f"Received: {name}={settings[name]!r}"
+            )
+    if latent:
+        for name in ("head_dim", *_LATENT_SETTINGS[:-1]):
+            checks.at_least(name, settings[name], 1)
+        if settings["positions"] != "rotary":
+            raise ValueError(
+                '`positions` must be "rotary" with `attention="latent"`. '
+                f"Received: positions={settings['positions']!r}"
+            )
+    if settings["sliding_layers"] is not None and settings["sliding_window"] is None:
+        raise ValueError(
+            "`sliding_layers` needs a `sliding_window`. "
+            f"Received: sliding_layers={settings['sliding_layers']!r}"
+        )

@@ -1,0 +1,127 @@
+"""How backbones and tasks come from presets and checkpoints, and go to Transformers."""
+
+from keras_moe import architecture, checkpoints
+from keras_moe.models import presets
+from keras_moe.models._keras_hub import classproperty
+
+
+class Pretrained:
+    """What backbones and tasks have in common."""
+
+    @classproperty
+    def presets(cls):
+        """A dict of the presets by name: family, paper, licence, checkpoint."""
+        return presets.descriptions()
+
+    def export_to_transformers(
+        self, path, dtype=None, max_shard_size="5GB", overwrite=False
+    ):
+        """Writes a folder for Transformers: see `checkpoints.export_to_transformers`.
+
+        Args:
+            path: path of the folder to make.
+            dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None for the weights'.
+            max_shard_size: int, in bytes, or str such as `"5GB"`.
+            overwrite: bool, whether a folder that exists is replaced.
+        """
+        checkpoints.export_to_transformers(self, path, dtype, max_shard_size, overwrite)
+
+
+class PretrainedBackbone(Pretrained):
+    """A backbone that is built from presets and checkpoints."""
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset,
+        load_weights=True,
+        revision=None,
+        token=None,
+        verbose=None,
+        **kwargs,
+    ):
+        """Builds a backbone from a preset, or from a checkpoint of Transformers.
+
+        Args:
+            preset: str: the name of a preset (see `MoEBackbone.presets`), a local
+                folder, or a handle as KerasHub accepts them. A folder or a
+                repository `"hf://user/model"` may also hold a checkpoint of
+                Transformers (`config.json` and safetensors), and a preset may
+                have its weights in such a repository: they are fetched.
+            load_weights: bool, False for random weights.
+            revision: str or None: a branch, tag or commit of the repository, which
+                `"hf://user/model@revision"` may name as well.
+            token: str or None: who asks the hub; None for the token that is logged
+                in or in `HF_TOKEN`.
+            verbose: bool or None: a progress bar as a checkpoint is converted; None
+                shows one in a terminal.
+            **kwargs: settings to override, such as `dtype`, `num_layers` or
+                `dropout`. With weights, those that change none of them.
+
+        Raises:
+            ValueError: for an unknown preset, weights that do not exist or fit,
+                broken JSON or files, and a checkpoint of a model that the layers
+                do not compute.
+            FileNotFoundError: for a folder in which a file is missing.
+            MemoryError: for a checkpoint that there is no room for.
+            PermissionError: for a repository that the token may not read.
+            ConnectionError: where the hub cannot be reached.
+        """
+        folder = presets.preset_folder(preset, load_weights, revision, token)
+        if presets.is_checkpoint(folder):
+            kwargs = {**presets.training_settings(preset), **kwargs}
+            return checkpoints.load_backbone(
+                cls, folder, load_weights, verbose=verbose, **kwargs
+            )
+        backbone = super().from_preset(folder, load_weights=load_weights, **kwargs)
+        if load_weights:
+            presets.check_weights(folder, backbone)
+        return backbone
+
+
+class PretrainedTask(Pretrained):
+    """A task whose backbone and preprocessor are built from presets."""
+
+    @classmethod
+    def from_preset(
+        cls,
+        preset,
+        load_weights=True,
+        revision=None,
+        token=None,
+        verbose=None,
+        **kwargs,
+    ):
+        """Builds a task from a preset, or from a checkpoint of Transformers.
+
+        Args:
+            preset: as for `MoEBackbone.from_preset`.
+            load_weights: bool, as there.
+            revision: str or None, as there.
+            token: str or None, as there.
+            verbose: bool or None, as there.
+            **kwargs: settings of the backbone to override, as there, and
+                arguments of this class. Without `preprocessor` the preset's own
+                is loaded, and a preset without a tokenizer has none.
+
+        Raises:
+            ValueError: as there.
+        """
+        trained = presets.training_settings(preset)
+        preset = presets.preset_folder(preset, load_weights, revision, token)
+        names = ("dtype", *architecture.names(cls.backbone_cls))
+        settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+        if "backbone" not in kwargs:
+            if presets.is_checkpoint(preset):
+                settings = {**trained, **settings}
+            kwargs["backbone"] = cls.backbone_cls.from_preset(
+                preset, load_weights=load_weights, verbose=verbose, **settings
+            )
+        elif settings:
+            raise ValueError(
+                "`backbone` cannot be given together with settings of a backbone. "
+                f"Received: backbone and {', '.join(settings)}"
+            )
+        if "preprocessor" not in kwargs and presets.has_tokenizer(preset):
+            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
+        return cls(**kwargs)
