@@ -10,12 +10,12 @@ import keras
 from keras import ops
 
 from keras_moe import checks
-from keras_moe.layers.attention import CausalSelfAttention, write_cache
+from keras_moe.layers.attention import SelfAttention, write_cache
 from keras_moe.layers.rotary import logit_scale, rotate
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class LatentAttention(CausalSelfAttention):
+class LatentAttention(SelfAttention):
     """Attention whose keys and values are projected from a small latent.
 
     With `c = norm(x W_down)` `[R]` for each token, `k_h = [c W_uk_h ; k_r]`,
@@ -150,30 +150,32 @@ class LatentAttention(CausalSelfAttention):
         key_index = ops.arange(ops.shape(latent)[1], dtype="int32")
         visible = self._visible(query_index, key_index, mask)
         attend = self._attend_to_latents if inputs.shape[1] == 1 else self._attend
-        outputs = attend(query, turned_query, latent, turned_key, visible)
+        outputs = attend(query, turned_query, latent, turned_key, visible, training)
         outputs = self._output(outputs, training)
         return outputs if cache is None else (outputs, cache)
 
-    def _attend(self, query, turned_query, latent, turned_key, visible):
+    def _attend(self, query, turned_query, latent, turned_key, visible, training):
         expanded = self.key_value_up(latent)
         key, value = expanded[..., : self.head_dim], expanded[..., self.head_dim :]
         logits = ops.einsum("bthn,bshn->bhts", query, key)
-        weights = self._weigh_both(logits, turned_query, turned_key, visible)
+        weights = self._weigh_both(logits, turned_query, turned_key, visible, training)
         return ops.einsum("bhts,bshv->bthv", weights, value)
 
-    def _attend_to_latents(self, query, turned_query, latent, turned_key, visible):
+    def _attend_to_latents(
+        self, query, turned_query, latent, turned_key, visible, training
+    ):
         up = ops.cast(self.key_value_up.kernel, self.compute_dtype)
         query = ops.einsum("bthn,rhn->bthr", query, up[..., : self.head_dim])
         logits = ops.einsum("bthr,bsr->bhts", query, latent)
-        weights = self._weigh_both(logits, turned_query, turned_key, visible)
+        weights = self._weigh_both(logits, turned_query, turned_key, visible, training)
         found = ops.einsum("bhts,bsr->bthr", weights, latent)
         return ops.einsum("bthr,rhv->bthv", found, up[..., self.head_dim :])
 
-    def _weigh_both(self, logits, turned_query, turned_key, visible):
+    def _weigh_both(self, logits, turned_query, turned_key, visible, training):
         logits = logits + ops.einsum("bthr,bsr->bhts", turned_query, turned_key)
         size = self.head_dim + self.rope_head_dim
         scale = size**-0.5 * logit_scale(self.rope_scaling)
-        return self._weigh(logits * scale, visible)
+        return self._weigh(logits * scale, visible, training=training)
 
     def get_config(self):
         return {
