@@ -18,7 +18,7 @@ import math
 from typing import NamedTuple
 
 from keras_moe import architecture, checks
-from keras_moe.layers import attention, decoder_block
+from keras_moe.layers import attention, transformer_block
 from keras_moe.models import MoEBackbone, presets
 
 # Bytes of a weight and of an activation.
@@ -338,7 +338,7 @@ def _check(s):
 
     Fills in the sizes that follow from others.
     """
-    checks.one_of("norm", s["norm"], tuple(decoder_block.NORMS))
+    checks.one_of("norm", s["norm"], tuple(transformer_block.NORMS))
     checks.one_of("positions", s["positions"], attention.POSITIONS)
     checks.one_of("attention_bias", s["attention_bias"], attention.BIASES)
     checks.one_of("query_key_norm", s["query_key_norm"], attention.QUERY_KEY_NORMS)

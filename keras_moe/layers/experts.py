@@ -11,7 +11,7 @@ import keras
 
 from keras_moe import checks
 from keras_moe.layers.initializers import fresh_per_expert
-from keras_moe.ops import Stage, grouped_apply
+from keras_moe.ops import Stage, grouped_apply, grouped_matmul
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -33,12 +33,16 @@ class Experts(keras.layers.Layer):
         activation: a Keras activation, by name or callable.
         gated: bool.
         kernel_initializer: initializer of each expert's matrices.
+        dropout: float in `[0, 1)`, of the hidden features: expert dropout (Switch
+            Transformers, [Fedus et al., 2021](https://arxiv.org/abs/2101.03961),
+            section 2.4).
         **kwargs: `name`, `trainable`, `dtype`.
 
     Call arguments:
         inputs: float tensor `[N, D]`, rows sorted by expert.
         group_sizes: int32 tensor `[E]`: the rows of each expert; rows past their
             sum give zero.
+        training: bool.
 
     Returns:
         A tensor `[N, D]`.
@@ -61,6 +65,7 @@ class Experts(keras.layers.Layer):
         activation="silu",
         gated=True,
         kernel_initializer="glorot_uniform",
+        dropout=0.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -71,6 +76,11 @@ class Experts(keras.layers.Layer):
         self.activation = checks.activation("activation", activation)
         self.gated = gated
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        checks.fraction("dropout", dropout)
+        self.dropout = dropout
+        self.hidden_dropout = keras.layers.Dropout(
+            dropout, dtype=self.dtype_policy, name="hidden_dropout"
+        )
 
     def build(self, input_shape):
         dim, hidden = input_shape[-1], self.intermediate_dim
@@ -88,15 +98,22 @@ class Experts(keras.layers.Layer):
             ),
         )
 
-    def call(self, inputs, group_sizes):
+    def call(self, inputs, group_sizes, training=None):
         inner = (self.gate_kernel, self.up_kernel) if self.gated else (self.up_kernel,)
+        if self.dropout and training:
+            # One mask for all rows: a stage sees some of them, and on the way back
+            # sees them again.
+            inner = (grouped_matmul(inputs, kernel, group_sizes) for kernel in inner)
+            hidden = _activate(self.activation, inner)
+            hidden = self.hidden_dropout(hidden, training=True)
+            return grouped_matmul(hidden, self.down_kernel, group_sizes)
         stages = [
             Stage(project_all, inner),
             Stage(_Narrow(self.activation), (self.down_kernel,)),
         ]
         return grouped_apply(stages, inputs, group_sizes)
 
-    def compute_output_spec(self, inputs, group_sizes):
+    def compute_output_spec(self, inputs, group_sizes, training=None):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self):
@@ -107,6 +124,7 @@ class Experts(keras.layers.Layer):
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "dropout": self.dropout,
         }
 
 
@@ -123,9 +141,10 @@ class _Narrow:
     activation: Callable
 
     def __call__(self, matmul, inputs, kernels):
-        *gate, up = inputs
-        if gate:
-            hidden = self.activation(gate[0]) * up
-        else:
-            hidden = self.activation(up)
-        return (matmul(hidden, kernels[0]),)
+        return (matmul(_activate(self.activation, inputs), kernels[0]),)
+
+
+def _activate(activation, projected):
+    """The hidden features of gate and up, or of up alone."""
+    *gate, up = projected
+    return activation(gate[0]) * up if gate else activation(up)

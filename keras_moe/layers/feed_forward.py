@@ -20,10 +20,12 @@ class FeedForward(keras.layers.Layer):
         activation: a Keras activation, by name or callable.
         gated: bool.
         kernel_initializer: initializer of the matrices.
+        dropout: float in `[0, 1)`, of the hidden features.
         **kwargs: `name`, `trainable`, `dtype`.
 
     Call arguments:
         inputs: float tensor `[..., D]`.
+        training: bool.
 
     Returns:
         A tensor of the same shape.
@@ -45,10 +47,13 @@ class FeedForward(keras.layers.Layer):
         activation="silu",
         gated=True,
         kernel_initializer="glorot_uniform",
+        dropout=0.0,
         **kwargs,
     ):
         super().__init__(**kwargs)
         checks.at_least("intermediate_dim", intermediate_dim, 1)
+        checks.fraction("dropout", dropout)
+        self.dropout = dropout
         self.supports_masking = True
         self.intermediate_dim = intermediate_dim
         self.activation = checks.activation("activation", activation)
@@ -61,6 +66,9 @@ class FeedForward(keras.layers.Layer):
             self.gate = self._dense("gate", dim, hidden, 2)
         self.up = self._dense("up", dim, hidden, 0)
         self.down = self._dense("down", hidden, dim, 1)
+        self.hidden_dropout = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="hidden_dropout"
+        )
 
     def _dense(self, name, fan_in, fan_out, index):
         layer = keras.layers.Dense(
@@ -73,12 +81,14 @@ class FeedForward(keras.layers.Layer):
         layer.build((None, fan_in))
         return layer
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
         hidden = self.up(inputs)
         if self.gated:
             hidden = self.activation(self.gate(inputs)) * hidden
         else:
             hidden = self.activation(hidden)
+        if self.dropout:
+            hidden = self.hidden_dropout(hidden, training=training)
         return self.down(hidden)
 
     def compute_output_shape(self, input_shape):
@@ -91,4 +101,5 @@ class FeedForward(keras.layers.Layer):
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "dropout": self.dropout,
         }

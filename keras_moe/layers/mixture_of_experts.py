@@ -113,6 +113,11 @@ class MixtureOfExperts(keras.layers.Layer):
             `gate_scale`, and `expert_groups`, its `groups`.
         bias_update_rate: float: in training, how far the selection bias moves at
             each step (see `TopKRouter.balance`).
+        expert_dropout: float in `[0, 1)`, of the hidden features of experts and
+            shared experts (see `Experts`).
+        route_padding: bool: padding is routed as any token is, and so takes
+            experts and capacity and counts in losses and load, as in Transformers'
+            Switch.
         seed: int or None, of the router's jitter.
         **kwargs: `name`, `trainable`, `dtype`. The router computes in float32
             whatever the policy.
@@ -173,6 +178,8 @@ class MixtureOfExperts(keras.layers.Layer):
         bias_update_rate=0.0,
         shared_expert_dim=None,
         shared_expert_gate=False,
+        expert_dropout=0.0,
+        route_padding=False,
         kernel_initializer="glorot_uniform",
         seed=None,
         **kwargs,
@@ -186,6 +193,7 @@ class MixtureOfExperts(keras.layers.Layer):
         checks.not_negative("z_loss", z_loss)
         checks.one_of("balance_choices", balance_choices, ("all", "first"))
         checks.fraction("router_jitter", router_jitter)
+        checks.fraction("expert_dropout", expert_dropout)
         checks.not_negative("bias_update_rate", bias_update_rate)
         self.supports_masking = True
         self.num_experts = num_experts
@@ -197,6 +205,8 @@ class MixtureOfExperts(keras.layers.Layer):
         self.shared_expert_dim = shared_expert_dim
         self.has_shared_expert_gate = shared_expert_gate
         self.bias_update_rate = bias_update_rate
+        self.expert_dropout = expert_dropout
+        self.route_padding = route_padding
         self.balance_loss = balance_loss
         self.z_loss = z_loss
         self.balance_choices = balance_choices
@@ -229,6 +239,7 @@ class MixtureOfExperts(keras.layers.Layer):
             activation=activation,
             gated=gated,
             kernel_initializer=kernel_initializer,
+            dropout=expert_dropout,
             dtype=self.dtype_policy,
             name="experts",
         )
@@ -239,6 +250,7 @@ class MixtureOfExperts(keras.layers.Layer):
                 gated=gated,
                 # Not the seeds of the experts, which count from the first on.
                 kernel_initializer=fresh(self.kernel_initializer, 3),
+                dropout=expert_dropout,
                 dtype=self.dtype_policy,
                 name="shared_experts",
             )
@@ -377,14 +389,14 @@ class MixtureOfExperts(keras.layers.Layer):
         shape = ops.shape(inputs)
         tokens = ops.reshape(inputs, (-1, shape[-1]))
         if mask is not None:
-            mask = self._flat_mask(mask, inputs)
+            mask = None if self.route_padding else self._flat_mask(mask, inputs)
         routing = limited = self.router(tokens, mask=mask, training=training)
         if self.dispatch == "capacity":
             group_size, capacity = self._group_and_capacity(shape, training)
             limited = limit_capacity(routing, capacity, group_size, self.num_experts)
-        outputs = self._compute(tokens, limited)
+        outputs = self._compute(tokens, limited, training)
         if self.num_shared_experts:
-            shared = self.shared_experts(tokens)
+            shared = self.shared_experts(tokens, training=training)
             if self.has_shared_expert_gate:
                 shared = self.shared_expert_gate(tokens) * shared
             outputs = outputs + shared
@@ -395,10 +407,10 @@ class MixtureOfExperts(keras.layers.Layer):
             )
         return ops.reshape(outputs, shape), statistics
 
-    def _compute(self, tokens, routing):
+    def _compute(self, tokens, routing, training):
         order = sort_by_expert(routing.expert_ids, self.num_experts)
         rows = ops.take(tokens, order.tokens, axis=0)
-        rows = self.experts(rows, order.group_sizes)
+        rows = self.experts(rows, order.group_sizes, training=training)
         return combine(rows, order, routing.gates)
 
     def _flat_mask(self, mask, inputs):
@@ -495,6 +507,8 @@ class MixtureOfExperts(keras.layers.Layer):
             "shared_expert_dim": self.shared_expert_dim,
             "shared_expert_gate": self.has_shared_expert_gate,
             "bias_update_rate": self.bias_update_rate,
+            "expert_dropout": self.expert_dropout,
+            "route_padding": self.route_padding,
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             **self._router_settings,
         }

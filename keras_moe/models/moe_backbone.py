@@ -15,8 +15,8 @@ from keras_moe.layers import (
     LatentAttention,
     MixtureOfExperts,
 )
-from keras_moe.layers.decoder_block import normalization
 from keras_moe.layers.initializers import fresh
+from keras_moe.layers.transformer_block import normalization
 from keras_moe.models.compression import warn_experts_left
 from keras_moe.models.pretrained import PretrainedBackbone
 
