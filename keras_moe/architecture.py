@@ -2,6 +2,8 @@
 
 Settings are a dict by the names of the arguments of a backbone's class, such as
 `MoEBackbone`. Everything here is asked of them alone: no weight and no layer is made.
+A model is one stack of blocks or two, and what is asked of a layer is asked of the
+settings of its stack.
 """
 
 import inspect
@@ -14,6 +16,7 @@ _OF_LAYERS = ("dtype", "name", "trainable")
 # What each kind of attention needs, and what only it knows.
 _LATENT_SETTINGS = ("key_value_rank", "rope_head_dim", "value_head_dim", "query_rank")
 _GROUPED_QUERY_SETTINGS = (
+    "attention_scale",
     "num_key_value_heads",
     "query_key_norm",
     "clip_query_key_value",
@@ -54,6 +57,65 @@ def complete(settings, backbone_cls):
 
 
 # --- What follows ---
+
+# Settings of a decoder alone, as the stacks of an encoder-decoder have them.
+_OF_DECODERS = {
+    "attention": "grouped_query",
+    "query_rank": None,
+    "key_value_rank": None,
+    "rope_head_dim": None,
+    "value_head_dim": None,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "sliding_layers": None,
+}
+
+
+def has_encoder(settings):
+    """Whether they are those of an encoder-decoder."""
+    return "encoder_layers" in settings
+
+
+def stacks(settings):
+    """The settings of each stack of blocks: the decoder's, or the encoder's before it.
+
+    They are those of the model as `MoEBackbone` names them, with `num_layers` and
+    `dense_layers` of the stack, and
+
+    - `causal`: whether a token sees none after it;
+    - `cross_attention`: whether it sees the states of an encoder;
+    - `shares_bias`: whether all layers add the same relative bias;
+    - `inner_dropout`: of attention weights, and of hidden features of dense layers.
+    """
+    if not has_encoder(settings):
+        of_stack = dict(
+            causal=True, cross_attention=False, shares_bias=False, inner_dropout=0.0
+        )
+        return ({**settings, **of_stack},)
+    expert_dropout = settings["expert_dropout"]
+    if expert_dropout is None:
+        expert_dropout = settings["dropout"]
+    return tuple(
+        {
+            **_OF_DECODERS,
+            **settings,
+            "num_layers": settings[f"{name}_layers"],
+            "dense_layers": settings[f"{name}_dense_layers"],
+            "causal": name == "decoder",
+            "cross_attention": name == "decoder",
+            "shares_bias": True,
+            "inner_dropout": settings["dropout"],
+            "expert_dropout": expert_dropout,
+        }
+        for name in ("encoder", "decoder")
+    )
+
+
+def output_multiplier(settings):
+    """What logits are multiplied by."""
+    if settings["output_multiplier"] is not None:
+        return settings["output_multiplier"]
+    return settings["hidden_dim"] ** -0.5 if settings["tied_embeddings"] else 1.0
 
 
 def is_mixture(settings, layer):
@@ -120,29 +182,45 @@ def normalizes_gates(settings):
 
 def check(settings):
     """Refuses what the layers cannot check, or only after long work."""
-    for name in ("vocabulary_size", "num_layers", "hidden_dim", "moe_every"):
+    counts = ["num_layers"]
+    lists = ["sliding_layers", "dense_layers"]
+    if has_encoder(settings):
+        counts = ["encoder_layers", "decoder_layers"]
+        lists = ["encoder_dense_layers", "decoder_dense_layers"]
+    for name in ("vocabulary_size", *counts, "hidden_dim", "moe_every"):
         checks.at_least(name, settings[name], 1)
     for name in ("num_experts", "moe_offset", "dense_first_layers"):
         checks.at_least(name, settings[name], 0)
     if settings["context_length"] is not None:
         checks.at_least("context_length", settings["context_length"], 1)
-    for name in ("initializer_stddev", "embedding_multiplier", "output_multiplier"):
+    for name in ("initializer_stddev", "embedding_multiplier"):
         checks.positive(name, settings[name])
-    _check_attention(settings)
+    for name in ("initializer_scale", "output_multiplier", "attention_scale"):
+        if settings[name] is not None:
+            checks.positive(name, settings[name])
     if settings["moe_offset"] >= settings["moe_every"]:
         raise ValueError(
             "`moe_offset` must be below `moe_every` "
             f"({settings['moe_every']}). Received: moe_offset={settings['moe_offset']}"
         )
-    for name in ("sliding_layers", "dense_layers"):
+    for name, count in zip(lists, counts * (2 // len(counts)), strict=True):
         for index in settings[name] or ():
-            checks.one_of(f"an entry of {name}", index, range(settings["num_layers"]))
-    mixtures = len(mixture_layers(settings))
+            checks.one_of(f"an entry of {name}", index, range(settings[count]))
+    for stack in stacks(settings):
+        _check_attention(stack)
+        _check_widths(stack)
+
+
+def _check_widths(stack):
+    mixtures = len(mixture_layers(stack))
+    dense = stack["num_layers"] - mixtures
+    if stack["extra_dense"]:
+        dense += mixtures
     for count, kind, name in (
         (mixtures, "mixture", "expert_dim"),
-        (settings["num_layers"] - mixtures, "dense", "dense_dim"),
+        (dense, "dense", "dense_dim"),
     ):
-        if count and settings[name] is None:
+        if count and stack[name] is None:
             raise ValueError(
                 f"`{name}` is needed where there are {kind} layers. "
                 f"Received: {name}=None"

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_moe import checks
-from keras_moe.layers.initializers import fresh
+from keras_moe.layers.initializers import fresh_projection
 from keras_moe.layers.relative_bias import RelativeBias, check_buckets
 from keras_moe.layers.rotary import (
     check_scaling,
@@ -70,12 +70,23 @@ class Attention(keras.layers.Layer):
     def _dropout(self, name, rate):
         return keras.layers.Dropout(rate, dtype=self.dtype_policy, name=name)
 
-    def _dense(self, name, equation, output_shape, input_features, index, bias=False):
+    def _dense(
+        self,
+        name,
+        equation,
+        output_shape,
+        input_features,
+        index,
+        bias=False,
+        share=1.0,
+    ):
         layer = keras.layers.EinsumDense(
             equation,
             output_shape=(None, *output_shape),
             bias_axes=equation.split("->bt")[1] if bias else None,
-            kernel_initializer=fresh(self.kernel_initializer, index),
+            kernel_initializer=fresh_projection(
+                self.kernel_initializer, input_features, output_shape, index, share
+            ),
             dtype=self.dtype_policy,
             name=name,
         )
@@ -256,7 +267,9 @@ class GroupedHeads(Attention):
             self.head_dim = dim // self.num_query_heads
         heads = (self.num_query_heads, self.head_dim)
         key_value_heads = (self.num_key_value_heads, self.head_dim)
-        self.query = self._project("query", dim, heads, 0)
+        # Where logits are not scaled down, queries begin smaller, as in T5.
+        share = 1.0 if self.scale is None else 1 / (self.scale**2 * self.head_dim)
+        self.query = self._project("query", dim, heads, 0, share)
         self.key = self._project("key", dim, key_value_heads, 1)
         self.value = self._project("value", dim, key_value_heads, 2)
         self._build_output(heads, dim, 3)
@@ -265,9 +278,11 @@ class GroupedHeads(Attention):
             self.query_norm = self._norm("query_norm", heads[first:])
             self.key_norm = self._norm("key_norm", key_value_heads[first:])
 
-    def _project(self, name, dim, heads, index):
+    def _project(self, name, dim, heads, index, share=1.0):
         bias = self.bias is not None
-        return self._dense(name, "btd,dhk->bthk", heads, (dim,), index, bias=bias)
+        return self._dense(
+            name, "btd,dhk->bthk", heads, (dim,), index, bias=bias, share=share
+        )
 
     def _queries(self, inputs):
         """`[B, T, H, d]`."""

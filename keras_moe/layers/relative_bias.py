@@ -33,8 +33,9 @@ class RelativeBias(keras.layers.Layer):
         **kwargs: `name`, `trainable`, `dtype`.
 
     Call arguments:
-        query_index: int tensor `[T]`, positions of the queries.
-        key_index: int tensor `[S]`, positions of the keys.
+        query_index: int tensor `[T]`, positions of the queries; without `key_index`
+            a tensor `[B, T, ...]`, each of whose tokens is query and key.
+        key_index: int tensor `[S]`, positions of the keys, or None.
 
     Returns:
         A tensor `[1, H, T, S]`, to be added to the attention logits.
@@ -77,7 +78,10 @@ class RelativeBias(keras.layers.Layer):
             initializer=fresh(self.initializer),
         )
 
-    def call(self, query_index, key_index):
+    def call(self, query_index, key_index=None):
+        if key_index is None:
+            query_index = ops.arange(ops.shape(query_index)[1], dtype="int32")
+            key_index = query_index
         distance = query_index[:, None] - key_index[None, :]
         behind = ops.clip(distance, 0, self.max_distance)
         bucket = ops.take(self._buckets(), behind)
@@ -100,8 +104,12 @@ class RelativeBias(keras.layers.Layer):
         buckets = np.where(distance < exact, distance, large)
         return np.minimum(buckets, count - 1).astype("int32")
 
-    def compute_output_spec(self, query_index, key_index):
-        shape = (1, self.num_heads, query_index.shape[0], key_index.shape[0])
+    def compute_output_spec(self, query_index, key_index=None):
+        if key_index is None:
+            lengths = (query_index.shape[1],) * 2
+        else:
+            lengths = query_index.shape[0], key_index.shape[0]
+        shape = (1, self.num_heads, *lengths)
         return keras.KerasTensor(shape, dtype=self.compute_dtype)
 
     def get_config(self):

@@ -5,9 +5,16 @@ from keras_moe.models._keras_hub import register_names
 from keras_moe.models.moe_backbone import MoEBackbone
 from keras_moe.models.moe_causal_lm import MoECausalLM
 from keras_moe.models.moe_causal_lm_preprocessor import MoECausalLMPreprocessor
+from keras_moe.models.moe_seq2seq_backbone import MoESeq2SeqBackbone
 from keras_moe.models.moe_tokenizer import MoETokenizer
 
-__all__ = ["MoEBackbone", "MoECausalLM", "MoECausalLMPreprocessor", "MoETokenizer"]
+__all__ = [
+    "MoEBackbone",
+    "MoECausalLM",
+    "MoECausalLMPreprocessor",
+    "MoESeq2SeqBackbone",
+    "MoETokenizer",
+]
 
 # Only presets that bring weights: KerasHub would allocate the others first and
 # miss their weights afterwards.

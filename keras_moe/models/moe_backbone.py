@@ -4,25 +4,14 @@ B  batch        S  sequence length      D  `hidden_dim`     V  `vocabulary_size`
 """
 
 import keras
-import keras_hub
-import numpy as np
 
 from keras_moe import architecture
-from keras_moe.layers import (
-    DecoderBlock,
-    FeedForward,
-    GroupedQueryAttention,
-    LatentAttention,
-    MixtureOfExperts,
-)
-from keras_moe.layers.initializers import fresh
-from keras_moe.layers.transformer_block import normalization
-from keras_moe.models.compression import warn_experts_left
-from keras_moe.models.pretrained import PretrainedBackbone
+from keras_moe.models import blocks
+from keras_moe.models.base_backbone import BaseBackbone, check_tokens, walk
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoEBackbone(PretrainedBackbone, keras_hub.models.Backbone):
+class MoEBackbone(BaseBackbone):
     """A decoder-only Transformer whose feed-forward blocks are mixtures.
 
     One class for every decoder family; a published model is a preset of its
@@ -59,19 +48,22 @@ class MoEBackbone(PretrainedBackbone, keras_hub.models.Backbone):
             `eval_capacity_factor`, `capacity`, `capacity_group`, `balance_loss`,
             `z_loss` (both a layer, summed over layers), `balance_choices`,
             `shared_expert_dim`, `shared_expert_gate`, `selection_bias`,
-            `bias_update_rate`, `expert_groups`, `top_k_groups`, `group_scores` and
-            `gate_scale`.
+            `bias_update_rate`, `expert_groups`, `top_k_groups`, `group_scores`,
+            `gate_scale`, `expert_dropout` and `route_padding`.
+        extra_dense: bool: a dense feed-forward block, of width `dense_dim` and with
+            a norm of its own, follows each mixture (ST-MoE).
         attention: `"grouped_query"`, or `"latent"` (see `LatentAttention`), which
             needs `head_dim`, `key_value_rank`, `rope_head_dim` and
             `value_head_dim`, and takes a `query_rank`.
         attention_bias: see `GroupedQueryAttention`'s `bias`, as for
             `query_key_norm`, `clip_query_key_value` (its `clip`),
-            `attention_soft_cap` (its `soft_cap`), `sliding_window` (its `window`)
-            and `rope_scaling`.
+            `attention_soft_cap` (its `soft_cap`), `attention_scale` (its `scale`),
+            `sliding_window` (its `window`) and `rope_scaling`.
         sliding_layers: None, or the indices of the layers that have the window.
         output_norms: see `DecoderBlock`.
         embedding_multiplier: float: embeddings are multiplied by it (Grok-1).
-        output_multiplier: float: logits are multiplied by it (Grok-1).
+        output_multiplier: float: logits are multiplied by it (Grok-1). None stands
+            for `hidden_dim**-0.5` with `tied_embeddings`, as in T5, and 1 without.
         positions: `"rotary"` or `"relative_bias"` (T5's, its own in each layer).
         rope_theta: float, base of the rotary wavelengths.
         relative_buckets: int, buckets of the relative bias.
@@ -83,6 +75,11 @@ class MoEBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         recompute: bool: in training, keep only the inputs of each block for the
             gradient and compute the rest anew (see `DecoderBlock`).
         initializer_stddev: float, of the normal initializer of all matrices.
+        initializer_scale: float or None: s in the standard deviation `sqrt(s / n)`
+            that matrices of n inputs have instead, truncated at two of it (Switch
+            Transformers, [Fedus et al., 2021](https://arxiv.org/abs/2101.03961),
+            section 2.4, takes 0.1). Embeddings then have 1 where they are tied,
+            and else `hidden_dim**-0.5`.
         context_length: int or None, the longest sequence in tokens; a longer one
             raises.
         dtype: dtype policy, by name or as an object.
@@ -191,104 +188,31 @@ class MoEBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         embedding_multiplier=1.0,
         output_multiplier=1.0,
         dense_layers=None,
+        attention_scale=None,
+        expert_dropout=0.0,
+        route_padding=False,
+        extra_dense=False,
+        initializer_scale=None,
         dtype=None,
         **kwargs,
     ):
-        settings = {name: value for name, value in locals().items() if name in SETTINGS}
-        architecture.check_names(kwargs, MoEBackbone)
-        architecture.check(settings)
-        initializer = keras.initializers.RandomNormal(stddev=initializer_stddev)
-
-        def feed_forward(index):
-            if not architecture.is_mixture(settings, index):
-                return FeedForward(
-                    dense_dim,
-                    activation=activation,
-                    gated=architecture.dense_gated(settings),
-                    kernel_initializer=initializer,
-                    dtype=dtype,
-                    name="feed_forward",
-                )
-            return MixtureOfExperts(
-                num_experts,
-                expert_dim,
-                activation=activation,
-                gated=expert_gated,
-                kernel_initializer=initializer,
-                dtype=dtype,
-                name="mixture",
-                **{name: settings[name] for name in _MIXTURE_SETTINGS},
-            )
-
-        def attention_layer(index):
-            slides = index in architecture.sliding_layers(settings)
-            common = dict(
-                rope_theta=rope_theta,
-                rope_scaling=rope_scaling,
-                bias=attention_bias,
-                soft_cap=attention_soft_cap,
-                window=sliding_window if slides else None,
-                dropout=dropout,
-                kernel_initializer=initializer,
-                dtype=dtype,
-                name="attention",
-            )
-            if attention == "latent":
-                return LatentAttention(
-                    num_query_heads,
-                    head_dim,
-                    rope_head_dim,
-                    value_head_dim,
-                    key_value_rank,
-                    query_rank,
-                    **common,
-                )
-            return GroupedQueryAttention(
-                num_query_heads,
-                num_key_value_heads,
-                head_dim,
-                positions=positions,
-                relative_buckets=relative_buckets,
-                relative_max_distance=relative_max_distance,
-                query_key_norm=query_key_norm,
-                clip=clip_query_key_value,
-                norm_epsilon=norm_epsilon,
-                **common,
-            )
-
-        def block(index):
-            return DecoderBlock(
-                attention_layer(index),
-                feed_forward(index),
-                norm=norm,
-                norm_epsilon=norm_epsilon,
-                output_norms=output_norms,
-                dropout=dropout,
-                recompute=recompute,
-                dtype=dtype,
-                name=f"transformer_layer_{index}",
-            )
+        settings = self._keep_settings(locals(), kwargs)
+        (stack,) = architecture.stacks(settings)
 
         # === Layers ===
-        self.token_embedding = keras.layers.ReversibleEmbedding(
-            vocabulary_size,
-            hidden_dim,
-            tie_weights=tied_embeddings,
-            embeddings_initializer=fresh(initializer),
-            dtype=dtype,
-            name="token_embedding",
-        )
-        self.transformer_layers = [block(index) for index in range(num_layers)]
-        self.layer_norm = normalization(
-            norm, norm_epsilon, dtype=dtype, name="final_norm"
-        )
+        self.token_embedding = blocks.token_embedding(settings, dtype)
+        self.transformer_layers = [
+            blocks.block(stack, index, dtype, f"transformer_layer_{index}")
+            for index in range(num_layers)
+        ]
+        self.layer_norm = blocks.final_norm(settings, dtype)
 
         # === Functional model ===
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
-        x = _scaled(self.token_embedding(token_ids), embedding_multiplier)
-        for layer in self.transformer_layers:
-            x = layer(x, padding_mask=padding_mask)
+        x = walk(
+            self.transformer_layers, self.embed(token_ids), padding_mask=padding_mask
+        )
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
             outputs=self.layer_norm(x),
@@ -296,29 +220,14 @@ class MoEBackbone(PretrainedBackbone, keras_hub.models.Backbone):
             **kwargs,
         )
 
-        # === Config ===
-        for name, value in settings.items():
-            setattr(self, name, value)
-
     def __call__(self, inputs, *args, **kwargs):
         check_inputs(inputs, self.vocabulary_size, self.context_length)
         return super().__call__(inputs, *args, **kwargs)
 
-    def embed(self, token_ids):
-        """Token ids, int `[B, S]`, as the first block gets them, `[B, S, D]`."""
-        return _scaled(self.token_embedding(token_ids), self.embedding_multiplier)
-
-    def logits(self, hidden_states):
-        """The logits `[B, S, V]` of hidden states `[B, S, D]`."""
-        logits = self.token_embedding(hidden_states, reverse=True)
-        return _scaled(logits, self.output_multiplier)
-
     @property
-    def mixtures(self):
-        """The `MixtureOfExperts` layers, first to last."""
-        return [
-            layer.feed_forward for layer in self.transformer_layers if layer.is_mixture
-        ]
+    def blocks(self):
+        """The blocks, first to last."""
+        return self.transformer_layers
 
     def routing_statistics(self, inputs):
         """How each mixture routes a batch, as the `RoutingStatistics` of each.
@@ -335,80 +244,10 @@ class MoEBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         x = self.embed(keras.ops.convert_to_tensor(inputs["token_ids"]))
         mask = keras.ops.convert_to_tensor(inputs["padding_mask"])
         found = []
-        for layer in self.transformer_layers:
-            x, statistics = layer(x, padding_mask=mask, return_statistics=True)
-            if statistics is not None:
-                found.append(statistics)
+        walk(self.transformer_layers, x, found, padding_mask=mask)
         return found
-
-    def enable_lora(self, rank, target_layer_names=None):
-        """As KerasHub's; experts take no part yet, and a warning says so."""
-        super().enable_lora(rank, target_layer_names)
-        warn_experts_left(self, "enable_lora")
-
-    def quantize(self, mode=None, **kwargs):
-        """As Keras's; experts and routers stay as they are, and a warning says so."""
-        super().quantize(mode, **kwargs)
-        warn_experts_left(self, "quantize")
-
-    def get_config(self):
-        config = super().get_config()
-        return {**config, **{name: getattr(self, name) for name in SETTINGS}}
-
-
-SETTINGS = architecture.names(MoEBackbone)
-
-_MIXTURE_SETTINGS = (
-    "top_k",
-    "num_shared_experts",
-    "router",
-    "scores",
-    "normalize_gates",
-    "gates_from",
-    "router_jitter",
-    "dispatch",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "capacity",
-    "capacity_group",
-    "balance_loss",
-    "z_loss",
-    "balance_choices",
-    "shared_expert_dim",
-    "shared_expert_gate",
-    "selection_bias",
-    "bias_update_rate",
-    "expert_groups",
-    "top_k_groups",
-    "group_scores",
-    "gate_scale",
-)
-
-
-def _scaled(x, multiplier):
-    return x if multiplier == 1.0 else x * multiplier
 
 
 def check_inputs(inputs, vocabulary_size, context_length):
-    """Refuses a sequence too long, and token ids out of range where known.
-
-    Ids are read only where that costs no transfer: in NumPy arrays.
-    """
-    token_ids = inputs["token_ids"]
-    length = (
-        np.shape(token_ids)[-1]
-        if not hasattr(token_ids, "shape")
-        else (token_ids.shape[-1])
-    )
-    if context_length is not None and length is not None and length > context_length:
-        raise ValueError(
-            "`token_ids` must not be longer than the model's `context_length` "
-            f"({context_length}). Received: token_ids.shape={tuple(token_ids.shape)}"
-        )
-    if isinstance(token_ids, (np.ndarray, list)) and np.size(token_ids):
-        low, high = np.min(token_ids), np.max(token_ids)
-        if low < 0 or high >= vocabulary_size:
-            raise ValueError(
-                "`token_ids` must be at least 0 and below `vocabulary_size` "
-                f"({vocabulary_size}). Received: ids from {low} to {high}"
-            )
+    """Refuses a sequence too long, and token ids out of range where known."""
+    check_tokens(inputs["token_ids"], vocabulary_size, context_length)

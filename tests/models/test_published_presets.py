@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import pytest
 
+from keras_moe import architecture
 from keras_moe.layers import gelu_tanh
 from keras_moe.models import MoEBackbone, MoECausalLM, presets
-from keras_moe.models.moe_backbone import SETTINGS
 
 # Billions of parameters, total and used by a token, counted from the published
 # hyperparameters, apart from this package.
@@ -264,7 +264,7 @@ def test_config_is_what_keras_writes(name):
     for key in ("module", "class_name", "registered_name"):
         assert stored[key] == written[key]
     assert set(stored) == {"module", "class_name", "registered_name", "config"}
-    assert set(stored["config"]) <= set(SETTINGS)
+    assert set(stored["config"]) <= set(architecture.names(MoEBackbone))
 
 
 @pytest.mark.parametrize("cls", [MoEBackbone, MoECausalLM])
