@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from keras_moe import architecture, checks
 from keras_moe.layers import attention, transformer_block
-from keras_moe.models import MoEBackbone, presets
+from keras_moe.layers.relative_bias import check_buckets
+from keras_moe.models import MoEBackbone, MoESeq2SeqBackbone, presets
 
 # Bytes of a weight and of an activation.
 _DTYPES = {
@@ -198,6 +199,12 @@ def plan(
     - once, `2 D` for the last norm, `V` for the logits and `V` in float32 for the
       loss.
 
+    An encoder-decoder keeps this for both of its stacks, and a decoder block with
+    cross-attention its norm, middle, queries, keys, values, output and scores as
+    well. A token of it is one of the source together with one of the target: it uses
+    both stacks, and the operations, the cache and the activations are those of such
+    a pair.
+
     A mixed dtype adds the copies of all matrices that the products were computed
     with. With the setting `recompute=True` a block keeps its input alone, `D`, and
     the block that keeps most adds its own while it is recomputed. What is needed only
@@ -207,11 +214,12 @@ def plan(
 
     Args:
         preset: what to plan for: the name of a preset, a folder with a
-            `config.json`, a `MoEBackbone` or a task over it, or a dict of
-            `MoEBackbone`'s settings.
+            `config.json`, a `MoEBackbone` or `MoESeq2SeqBackbone`, a task over one,
+            or a dict of its settings.
         batch_size: int, B, sequences of a step or served at once.
         sequence_length: int, S, tokens of each, at most the preset's
-            `context_length`, which is what None stands for.
+            `context_length`, which is what None stands for. Of an encoder-decoder,
+            tokens of each source and of each target.
         dtype: a dtype policy, by name or as an object: float32, bfloat16, float16,
             float64, mixed_bfloat16 or mixed_float16, of which the last two have
             float32 weights. It goes before the preset's own. Routers have float32
@@ -243,15 +251,15 @@ def plan(
             "`mesh` must be None: plans for several devices are not implemented yet. "
             f"Received: mesh={mesh!r}"
         )
-    name, settings = _read(preset)
+    name, stacks = _read(preset)
     checks.at_least("batch_size", batch_size, 1)
-    sequence_length = _sequence_length(sequence_length, settings["context_length"])
+    sequence_length = _sequence_length(sequence_length, stacks[0]["context_length"])
     dtype = getattr(dtype, "name", dtype)
     checks.one_of("dtype", dtype, tuple(_DTYPES))
     checks.one_of("optimizer", optimizer, tuple(_SLOTS))
     weight_size, value_size = _DTYPES[dtype]
     tokens = batch_size * sequence_length
-    weights = list(_weights(settings))
+    weights = list(_weights(stacks))
     parts = _parts(weights)
 
     def weight_bytes(elements, kept=weights):
@@ -266,10 +274,10 @@ def plan(
     optimizer_bytes = _SLOTS[optimizer] * gradient_bytes
     if optimizer == "adafactor":
         optimizer_bytes += weight_bytes(_factors, trained)
-    score_bytes = tokens * _scores(settings, sequence_length) * _FLOAT32
-    activation_bytes = tokens * _activations(settings, value_size)
+    score_bytes = tokens * _scores(stacks, sequence_length) * _FLOAT32
+    activation_bytes = tokens * _activations(stacks, value_size)
     if weight_size != value_size:
-        activation_bytes += _copied(settings, weights) * value_size
+        activation_bytes += _copied(stacks, weights) * value_size
     return Plan(
         name=name,
         batch_size=batch_size,
@@ -279,11 +287,11 @@ def plan(
         parts=parts,
         total_parameters=sum(part.total for part in parts),
         active_parameters=sum(part.active for part in parts),
-        flops_per_token=_flops(settings, weights, sequence_length),
+        flops_per_token=_flops(stacks, weights, sequence_length),
         weight_bytes=weight_bytes(lambda w: w.size),
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_bytes,
-        cache_bytes=tokens * settings["num_layers"] * _cached(settings) * value_size,
+        cache_bytes=tokens * _cached(stacks[-1]) * value_size,
         activation_bytes=activation_bytes + score_bytes,
         score_bytes=score_bytes,
     )
@@ -306,7 +314,7 @@ def count_parameters(preset):
 
 
 def _read(preset):
-    """The name of a preset and all its settings, defaults filled in and checked."""
+    """The name of a preset and the settings of its stacks, complete and checked."""
     if isinstance(preset, dict):
         config = preset
         if "config" in preset:  # as Keras writes an object
@@ -314,10 +322,10 @@ def _read(preset):
         name = config.get("name", "settings")
     elif hasattr(preset, "get_config"):
         backbone = getattr(preset, "backbone", preset)
-        if not isinstance(backbone, MoEBackbone):
+        if not isinstance(backbone, (MoEBackbone, MoESeq2SeqBackbone)):
             raise ValueError(
-                "`preset` must be a `MoEBackbone`, where it is a model. "
-                f"Received: a {type(backbone).__name__}"
+                "`preset` must be a `MoEBackbone` or a `MoESeq2SeqBackbone`, where it "
+                f"is a model. Received: a {type(backbone).__name__}"
             )
         name, config = preset.name, backbone.get_config()
     else:
@@ -327,10 +335,15 @@ def _read(preset):
                 f"folder. Received: the handle {preset!r}"
             )
         name, config = str(preset), presets.settings(presets.preset_folder(preset))
-    settings = architecture.complete(config, MoEBackbone)
+    seq2seq = architecture.has_encoder(config)
+    settings = architecture.complete(
+        config, MoESeq2SeqBackbone if seq2seq else MoEBackbone
+    )
     architecture.check(settings)
-    _check(settings)
-    return name, settings
+    stacks = architecture.stacks(settings)
+    for stack in stacks:
+        _check(stack)
+    return name, stacks
 
 
 def _check(s):
@@ -347,7 +360,7 @@ def _check(s):
         _check_heads(s)
     if s["query_rank"] is not None:
         checks.at_least("query_rank", s["query_rank"], 1)
-    if _dense_layers(s):
+    if _dense_blocks(s):
         checks.at_least("dense_dim", s["dense_dim"], 1)
     if _mixtures(s):
         _check_mixture(s)
@@ -366,7 +379,12 @@ def _check_heads(s):
         s["head_dim"] = architecture.head_dim(s)
     checks.at_least("head_dim", s["head_dim"], 1)
     if s["positions"] == "relative_bias":
-        checks.at_least("relative_buckets", s["relative_buckets"], 2)
+        check_buckets(
+            s["relative_buckets"],
+            s["relative_max_distance"],
+            not s["causal"],
+            names=("relative_buckets", "relative_max_distance"),
+        )
 
 
 def _check_mixture(s):
@@ -407,6 +425,11 @@ def _dense_layers(s):
     return s["num_layers"] - _mixtures(s)
 
 
+def _dense_blocks(s):
+    """Dense feed-forward blocks: of dense layers, and those that follow mixtures."""
+    return s["num_layers"] if s["extra_dense"] else _dense_layers(s)
+
+
 # --- Weights ---
 
 
@@ -443,27 +466,47 @@ class _Weight(NamedTuple):
         return self.size * part // whole
 
 
-def _weights(s):
+def _weights(stacks):
     """Every variable of a model, as a `_Weight`."""
+    s = stacks[0]
     D, V = s["hidden_dim"], s["vocabulary_size"]
     tied = s["tied_embeddings"]
     yield _Weight("embeddings", (V, D), 1, multiplied=tied)  # tied: logits, too
     if not tied:
         yield _Weight("embeddings", (D, V), 1, multiplied=True)
+    for s in stacks:
+        yield from _stack(s)
+
+
+def _stack(s):
+    D = s["hidden_dim"]
     if s["attention"] == "latent":
         yield from _latent_attention(s)
     else:
-        yield from _grouped_query_attention(s)
-    norms = (4 if s["output_norms"] else 2) * s["num_layers"] + 1
+        yield from _heads(s)
+    if s["cross_attention"]:
+        yield from _heads(s)
+    if s["positions"] == "relative_bias":
+        tables = 1 if s["shares_bias"] else s["num_layers"]
+        table = s["relative_buckets"], s["num_query_heads"]
+        yield _Weight("attention", table, tables)
+    norms = _sublayers(s) * (2 if s["output_norms"] else 1) + 1
     yield _Weight("norms", (D,), norms * _NORM_VECTORS[s["norm"]])
-    if _dense_layers(s):
+    if _dense_blocks(s):
         width, gated = s["dense_dim"], architecture.dense_gated(s)
-        yield from _feed_forward("dense", D, width, gated, _dense_layers(s))
+        yield from _feed_forward("dense", D, width, gated, _dense_blocks(s))
     if _mixtures(s):
         yield from _mixture(s)
 
 
-def _grouped_query_attention(s):
+def _sublayers(s):
+    """Sublayers with a norm and a residual, of all layers together."""
+    attentions = 2 if s["cross_attention"] else 1
+    return attentions * s["num_layers"] + _mixtures(s) + _dense_blocks(s)
+
+
+def _heads(s):
+    """Of grouped-query attention, to itself or to a source."""
     D, H, G, d = _attention_sizes(s)
     add, product = _adder("attention", s["num_layers"])
     yield product(D, H, d)
@@ -482,8 +525,6 @@ def _grouped_query_attention(s):
     elif s["query_key_norm"] == "full":
         yield add(H, d)
         yield add(G, d)
-    if s["positions"] == "relative_bias":
-        yield add(s["relative_buckets"], H)
 
 
 def _latent_attention(s):
@@ -574,45 +615,64 @@ def _factors(weight):
 # --- Operations, cache and activations, a token ---
 
 
-def _flops(s, weights, sequence_length):
+def _attentions(s):
+    """How often a layer attends: to its own sequence, and to a source."""
+    return 2 if s["cross_attention"] else 1
+
+
+def _flops(stacks, weights, sequence_length):
     products = sum(w.active * w.count for w in weights if w.multiplied)
-    if s["attention"] == "latent":
-        _, H, _, _, n, r, v = _latent_sizes(s)
-        attended = H * (n + r + v)
-    else:
-        _, H, _, d = _attention_sizes(s)
-        attended = H * 2 * d
-    return 2 * (products + s["num_layers"] * sequence_length * attended)
+    attended = 0
+    for s in stacks:
+        if s["attention"] == "latent":
+            _, H, _, _, n, r, v = _latent_sizes(s)
+            features = H * (n + r + v)
+        else:
+            _, H, _, d = _attention_sizes(s)
+            features = H * 2 * d
+        attended += s["num_layers"] * _attentions(s) * features
+    return 2 * (products + sequence_length * attended)
 
 
 def _cached(s):
-    """Numbers that the cache holds for a token and layer."""
+    """Numbers that the cache holds for a token, in all layers."""
     if s["attention"] == "latent":
-        return s["key_value_rank"] + s["rope_head_dim"]
-    return 2 * s["num_key_value_heads"] * s["head_dim"]
+        numbers = s["key_value_rank"] + s["rope_head_dim"]
+    else:
+        numbers = 2 * s["num_key_value_heads"] * s["head_dim"] * _attentions(s)
+    return s["num_layers"] * numbers
 
 
-def _scores(s, sequence_length):
+def _scores(stacks, sequence_length):
     """Numbers that a token's scores of attention keep for the gradient."""
-    layers = 1 if s["recompute"] else s["num_layers"]
-    return layers * 3 * s["num_query_heads"] * sequence_length
+    blocks = []
+    for s in stacks:
+        numbers = 3 * s["num_query_heads"] * sequence_length * _attentions(s)
+        blocks += [numbers] * s["num_layers"]
+    return max(blocks) if stacks[0]["recompute"] else sum(blocks)
 
 
-def _activations(s, size):
+def _activations(stacks, size):
     """Bytes that a token keeps for the gradient beside the scores.
 
     `size` is that of an activation.
     """
-    D, V = s["hidden_dim"], s["vocabulary_size"]
-    shared = (6 if s["output_norms"] else 4) * D + _attention_activations(s)
+    D, V = stacks[0]["hidden_dim"], stacks[0]["vocabulary_size"]
     blocks = []
-    if _dense_layers(s):
-        dense = (shared + _hidden(s["dense_dim"], architecture.dense_gated(s))) * size
-        blocks += [dense] * _dense_layers(s)
-    if _mixtures(s):
-        mixture = shared * size + _mixture_activations(s, size)
-        blocks += [mixture] * _mixtures(s)
-    ends = (2 * D + V) * size + V * _FLOAT32
+    for s in stacks:
+        sublayer = (3 if s["output_norms"] else 2) * D  # its middle, and its norms
+        shared = _attentions(s) * (sublayer + _attention_activations(s))
+        dense = mixture = 0
+        if _dense_blocks(s):
+            dense = sublayer + _hidden(s["dense_dim"], architecture.dense_gated(s))
+            dense *= size
+        if _mixtures(s):
+            mixture = sublayer * size + _mixture_activations(s, size)
+            if s["extra_dense"]:
+                mixture += dense
+        blocks += [shared * size + dense] * _dense_layers(s)
+        blocks += [shared * size + mixture] * _mixtures(s)
+    ends = (2 * D * len(stacks) + V) * size + V * _FLOAT32
     if s["recompute"]:
         return ends + len(blocks) * D * size + max(blocks)
     return ends + sum(blocks)
@@ -634,20 +694,22 @@ def _mixture_activations(s, size):
     return kept * size + (D + 2 * E + K * D) * _FLOAT32
 
 
-def _copied(s, weights):
+def _copied(stacks, weights):
     """The elements of the matrices that are copied to the dtype of the activations."""
     sizes = {"embeddings": 0, "attention": 0, "dense": 0, "experts": 0}
     for w in weights:
         if w.multiplied and not w.float32:
             part = "experts" if w.part == "shared experts" else w.part
             sizes[part] += w.size * w.count
-    if not s["recompute"]:
+    if not stacks[0]["recompute"]:
         return sum(sizes.values())
-    block = max(
-        sizes["dense"] // max(_dense_layers(s), 1),
-        sizes["experts"] // max(_mixtures(s), 1),
-    )
-    return sizes["embeddings"] + sizes["attention"] // s["num_layers"] + block
+
+    def mean(part, count):
+        return sizes[part] // max(sum(map(count, stacks)), 1)
+
+    dense, mixture = mean("dense", _dense_blocks), mean("experts", _mixtures)
+    block = max(dense, mixture + (dense if stacks[0]["extra_dense"] else 0))
+    return sizes["embeddings"] + mean("attention", lambda s: s["num_layers"]) + block
 
 
 def _hidden(width, gated):

@@ -59,7 +59,7 @@ def settings(folder):
 
 
 def settings_of(content, source):
-    """The settings in what Keras writes of a `MoEBackbone`: a dict.
+    """The settings in what Keras writes of a backbone: a dict.
 
     Args:
         content: dict, as `config.json` holds it.
@@ -69,13 +69,16 @@ def settings_of(content, source):
         ValueError: if it describes something else.
     """
     name, config = content.get("class_name"), content.get("config")
-    if name != "MoEBackbone" or not isinstance(config, dict):
+    if name not in _BACKBONES or not isinstance(config, dict):
         raise ValueError(
-            f"{str(source)!r} must describe a `MoEBackbone`, as `save_to_preset` "
-            f"writes it. Received: class_name={name!r} and "
+            f"{str(source)!r} must describe a `{'` or a `'.join(_BACKBONES)}`, as "
+            f"`save_to_preset` writes it. Received: class_name={name!r} and "
             f"{'no ' if config is None else ''}config"
         )
     return config
+
+
+_BACKBONES = ("MoEBackbone", "MoESeq2SeqBackbone")
 
 
 def has_weights(folder):
