@@ -72,7 +72,7 @@ _OF_DECODERS = {
 
 
 def has_encoder(settings):
-    """Whether they are those of an encoder-decoder."""
+    """Whether they, or their names, are those of an encoder-decoder."""
     return "encoder_layers" in settings
 
 
@@ -89,7 +89,11 @@ def stacks(settings):
     """
     if not has_encoder(settings):
         of_stack = dict(
-            causal=True, cross_attention=False, shares_bias=False, inner_dropout=0.0
+            causal=True,
+            cross_attention=False,
+            shares_bias=False,
+            shared_embeddings=True,
+            inner_dropout=0.0,
         )
         return ({**settings, **of_stack},)
     expert_dropout = settings["expert_dropout"]
@@ -206,6 +210,12 @@ def check(settings):
     for name, count in zip(lists, counts * (2 // len(counts)), strict=True):
         for index in settings[name] or ():
             checks.one_of(f"an entry of {name}", index, range(settings[count]))
+    if has_encoder(settings):
+        if settings["tied_embeddings"] and not settings["shared_embeddings"]:
+            raise ValueError(
+                "`shared_embeddings=False` needs `tied_embeddings=False`. Received: "
+                f"tied_embeddings={settings['tied_embeddings']!r}"
+            )
     for stack in stacks(settings):
         _check_attention(stack)
         _check_widths(stack)

@@ -474,6 +474,8 @@ def _weights(stacks):
     yield _Weight("embeddings", (V, D), 1, multiplied=tied)  # tied: logits, too
     if not tied:
         yield _Weight("embeddings", (D, V), 1, multiplied=True)
+    if not s["shared_embeddings"]:
+        yield _Weight("embeddings", (V, D), 1)
     for s in stacks:
         yield from _stack(s)
 

@@ -70,9 +70,9 @@ class ConfigReader:
             self.refuse(key, "true or false")
         return value
 
-    def activation(self, key="hidden_act"):
+    def activation(self, key="hidden_act", default="silu"):
         """The Keras name of an activation."""
-        value = self.get(key, "silu")
+        value = self.get(key, default)
         if not isinstance(value, str) or value not in ACTIVATIONS:
             self.refuse(key, f"one of {', '.join(map(repr, ACTIVATIONS))}")
         return ACTIVATIONS[value]

@@ -25,7 +25,10 @@ _OF_TRAINING = (
     "balance_loss",
     "bias_update_rate",
     "dropout",
+    "expert_dropout",
+    "initializer_scale",
     "initializer_stddev",
+    "inner_dropout",
     "recompute",
     "router_jitter",
     "z_loss",
@@ -43,7 +46,7 @@ def export_to_transformers(
     folder next to it, which an error or interruption leaves no trace of.
 
     Args:
-        model: a `MoECausalLM` or a `MoEBackbone`.
+        model: a backbone of this package, or a task over one.
         folder: path of the folder to make.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or None for the dtype of the
             model's weights.
@@ -104,7 +107,7 @@ def find_export(settings):
     A family holds a model if its `config.json`, read again, gives the same settings.
 
     Args:
-        settings: dict, all settings of a `MoEBackbone`.
+        settings: dict, all settings of a backbone.
 
     Returns:
         `(Family, dict)`.
@@ -114,7 +117,12 @@ def find_export(settings):
     """
     wanted = _canonical(settings)
     lacking = {}
-    for family in FAMILIES.values():
+    kinds = [
+        family
+        for family in FAMILIES.values()
+        if family.has_encoder == architecture.has_encoder(settings)
+    ]
+    for family in kinds:
         try:
             # Through JSON, as it will be read.
             config = json.loads(json.dumps(family.config(settings)))
@@ -136,7 +144,7 @@ def find_export(settings):
     if closest is not None:
         what = ", ".join(f"{key}={wanted[key]!r}" for key in lacking[closest])
         detail = f". {closest!r} comes closest, without {what}"
-    known = [name for name, family in FAMILIES.items() if family.architecture]
+    known = [family.model_type for family in kinds if family.architecture]
     raise ValueError(
         "The model must be one that a class of Transformers computes, such as "
         f"{', '.join(map(repr, known))}. Received: settings that none of them "
@@ -163,6 +171,7 @@ _NEUTRAL = {
     "embedding_multiplier": 1.0,
     "expert_gated": True,
     "expert_groups": 1,
+    "extra_dense": False,
     "gate_scale": 1.0,
     "gates_from": "all",
     "group_scores": "top_2",
@@ -172,6 +181,7 @@ _NEUTRAL = {
     "output_multiplier": 1.0,
     "output_norms": False,
     "positions": "rotary",
+    "route_padding": False,
     "router": "top_k",
     "scores": "softmax",
     "selection_bias": False,
@@ -182,30 +192,50 @@ _NEUTRAL = {
 
 
 def _canonical(settings):
-    """Settings that compute the same become the same; those of training go."""
-    s = {key: value for key, value in settings.items() if key not in _OF_TRAINING}
+    """Settings that compute the same become the same; those of training go.
+
+    Those of an encoder-decoder, where its stacks differ, go by names of their own.
+    """
+    stacks = [_canonical_stack(stack) for stack in architecture.stacks(settings)]
+    found = {}
+    for name, stack in zip(("encoder", "decoder"), stacks, strict=False):
+        for key, value in stack.items():
+            alike = all(key in s and s[key] == value for s in stacks)
+            found[key if alike else f"{name}_{key}"] = value
+    return found
+
+
+def _canonical_stack(s):
+    s = {key: value for key, value in s.items() if key not in _OF_TRAINING}
     s["shared_dim"] = architecture.shared_dim(s)
     s["mixtures"] = architecture.mixture_layers(s)
     s["sliding_layers"] = architecture.sliding_layers(s)
     s["normalize_gates"] = architecture.normalizes_gates(s)
     s["num_key_value_heads"] = architecture.num_key_value_heads(s)
+    s["output_multiplier"] = architecture.output_multiplier(s)
     left = [
         "context_length",
+        "shared_embeddings",  # two tables may hold the same
         *("num_shared_experts", "shared_expert_dim"),
         *("moe_every", "moe_offset", "dense_first_layers", "dense_layers"),
+        *("encoder_layers", "decoder_layers"),  # `num_layers` of the stack
+        *("encoder_dense_layers", "decoder_dense_layers"),
     ]
     if s["scores"] == "softmax":
         left += ["gates_from"]  # it comes to the same
-    if len(s["mixtures"]) == s["num_layers"]:
+    if s["dispatch"] == "dropless":
+        # It says what padding gives, and how many of a group are dropped.
+        left += ["capacity_group", "route_padding"]
+    if len(s["mixtures"]) == s["num_layers"] and not s["extra_dense"]:
         left += ["dense_dim", "dense_gated"]
     else:
         s["dense_gated"] = architecture.dense_gated(s)
     if s["attention"] != "latent":
         s["head_dim"] = architecture.head_dim(s)
         left += ["query_rank", "key_value_rank", "rope_head_dim", "value_head_dim"]
-    if s["positions"] == "rotary":
+    if s["positions"] != "relative_bias":
         left += ["relative_buckets", "relative_max_distance"]
-    else:
+    if s["positions"] != "rotary":
         left += ["rope_theta"]
     if s["expert_groups"] in (1, s["top_k_groups"]):  # all groups are searched
         left += ["expert_groups", "top_k_groups", "group_scores"]

@@ -1,5 +1,6 @@
 """A checkpoint of Transformers becomes a backbone, a weight at a time."""
 
+import dataclasses
 import math
 import pathlib
 
@@ -59,7 +60,7 @@ def load_backbone(
     holds the model and little more.
 
     Args:
-        backbone_cls: `MoEBackbone`.
+        backbone_cls: `MoEBackbone` or `MoESeq2SeqBackbone`.
         folder: path of the checkpoint.
         load_weights: bool, False for the settings alone, with random weights.
         dtype: dtype policy of the backbone, whatever the checkpoint's dtype is.
@@ -79,18 +80,33 @@ def load_backbone(
         MemoryError: for a model that memory cannot hold.
     """
     family, settings = read_settings(folder)
+    if family.has_encoder != architecture.has_encoder(architecture.names(backbone_cls)):
+        kind, other = "a decoder", "MoEBackbone or MoECausalLM"
+        if family.has_encoder:
+            kind, other = "an encoder-decoder", "MoESeq2SeqBackbone or MoESeq2SeqLM"
+        raise ValueError(
+            f"A checkpoint of type {family.model_type!r} is {kind}: load it by {other}."
+            f" Received: {str(folder)!r} for {backbone_cls.__name__}"
+        )
     settings.update(kwargs)
     if not load_weights:
         return backbone_cls(**settings, dtype=dtype)
     complete = architecture.complete(settings, backbone_cls)
     entries = family.entries(complete)
     with Shards(folder) as shards:
+        entries = [_with_stand_in(entry, family, shards) for entry in entries]
         _check_tensors(shards, entries, family, complete)
         memory.check_room(settings, dtype)
         with skipped():
             backbone = backbone_cls(**settings, dtype=dtype)
         _assign_all(backbone, shards, entries, _block_size(folder), verbose)
     return backbone
+
+
+def _with_stand_in(entry, family, shards):
+    names = (entry.name, *family.stand_ins.get(entry.name, ()))
+    there = [name for name in names if name in shards]
+    return dataclasses.replace(entry, name=there[0]) if there else entry
 
 
 def _assign_all(backbone, shards, entries, block, verbose):

@@ -24,7 +24,7 @@ def check_room(settings, dtype):
     where free memory is not known.
 
     Args:
-        settings: dict of a `MoEBackbone`.
+        settings: dict of a backbone.
         dtype: its dtype policy, or None for the global one.
 
     Raises:

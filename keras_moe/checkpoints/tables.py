@@ -82,7 +82,7 @@ class Table:
     """The entries of one model, with what all of them need to be built.
 
     Args:
-        settings: dict, the settings of a `MoEBackbone`.
+        settings: dict, the settings of a backbone.
     """
 
     def __init__(self, settings):

@@ -71,10 +71,6 @@ class DecoderBlock(TransformerBlock):
     ```
     """
 
-    def __init__(self, attention, feed_forward, *, cross_attention=None, **kwargs):
-        super().__init__(attention, feed_forward, **kwargs)
-        self.cross_attention = cross_attention
-
     def call(
         self,
         inputs,

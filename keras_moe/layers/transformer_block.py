@@ -34,8 +34,6 @@ class TransformerBlock(keras.layers.Layer):
     A subclass defines `call`, which hands its arguments to `_run`.
     """
 
-    cross_attention = None
-
     def __init__(
         self,
         attention,
@@ -46,6 +44,7 @@ class TransformerBlock(keras.layers.Layer):
         recompute=False,
         output_norms=False,
         extra_feed_forward=None,
+        cross_attention=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -56,6 +55,7 @@ class TransformerBlock(keras.layers.Layer):
         self.attention = attention
         self.feed_forward = feed_forward
         self.extra_feed_forward = extra_feed_forward
+        self.cross_attention = cross_attention
         self.norm = norm
         self.norm_epsilon = norm_epsilon
         self.dropout = dropout

@@ -36,9 +36,14 @@ class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         self._logit_multiplier = architecture.output_multiplier(settings)
         return settings
 
-    def embed(self, token_ids):
-        """Token ids, int `[B, S]`, as the first block gets them, `[B, S, D]`."""
-        return _scaled(self.token_embedding(token_ids), self.embedding_multiplier)
+    def embed(self, token_ids, embedding=None):
+        """Token ids, int `[B, S]`, as the first block gets them, `[B, S, D]`.
+
+        `embedding` stands for `token_embedding` where it is not None.
+        """
+        if embedding is None:
+            embedding = self.token_embedding
+        return _scaled(embedding(token_ids), self.embedding_multiplier)
 
     def logits(self, hidden_states):
         """The logits `[B, S, V]` of hidden states `[B, S, D]`."""

@@ -50,18 +50,33 @@ _MIXTURE_SETTINGS = (
 
 def token_embedding(settings, dtype):
     """The embedding of tokens, and the projection to logits."""
-    stddev = settings["initializer_stddev"]
-    if settings["initializer_scale"] is not None:
-        # T5's; as the projection to logits alone it would give them `sqrt(D)`.
-        stddev = 1.0 if settings["tied_embeddings"] else settings["hidden_dim"] ** -0.5
     return keras.layers.ReversibleEmbedding(
         settings["vocabulary_size"],
         settings["hidden_dim"],
         tie_weights=settings["tied_embeddings"],
-        embeddings_initializer=fresh(keras.initializers.RandomNormal(stddev=stddev)),
+        embeddings_initializer=_of_embeddings(settings),
         dtype=dtype,
         name="token_embedding",
     )
+
+
+def decoder_embedding(settings, dtype):
+    """The embedding of a decoder that does not share the encoder's."""
+    return keras.layers.Embedding(
+        settings["vocabulary_size"],
+        settings["hidden_dim"],
+        embeddings_initializer=_of_embeddings(settings),
+        dtype=dtype,
+        name="decoder_embedding",
+    )
+
+
+def _of_embeddings(settings):
+    stddev = settings["initializer_stddev"]
+    if settings["initializer_scale"] is not None:
+        # T5's; as the projection to logits alone it would give them `sqrt(D)`.
+        stddev = 1.0 if settings["tied_embeddings"] else settings["hidden_dim"] ** -0.5
+    return fresh(keras.initializers.RandomNormal(stddev=stddev))
 
 
 def final_norm(settings, dtype, name="final_norm"):

@@ -52,6 +52,8 @@ class MoESeq2SeqBackbone(BaseBackbone):
             attention are multiplied by.
         positions: `"relative_bias"`, one table a stack that all its layers share;
             `"rotary"`, in self-attention; or None. Cross-attention has none.
+        shared_embeddings: bool: encoder and decoder embed tokens by one table. False
+            gives the decoder a table of its own, and needs `tied_embeddings=False`.
         dropout: float in `[0, 1)`, as in T5: of embeddings, attention weights,
             hidden features, the outputs of sublayers and of the last norms.
         expert_dropout: float in `[0, 1)`, of the hidden features of experts, or
@@ -156,6 +158,7 @@ class MoESeq2SeqBackbone(BaseBackbone):
         norm_epsilon=1e-6,
         output_norms=False,
         tied_embeddings=True,
+        shared_embeddings=True,
         embedding_multiplier=1.0,
         output_multiplier=None,
         dropout=0.0,
@@ -172,6 +175,9 @@ class MoESeq2SeqBackbone(BaseBackbone):
 
         # === Layers ===
         self.token_embedding = blocks.token_embedding(settings, dtype)
+        self.decoder_embedding = None
+        if not shared_embeddings:
+            self.decoder_embedding = blocks.decoder_embedding(settings, dtype)
         self.encoder_position_bias = blocks.shared_bias(
             encoder, dtype, "encoder_position_bias"
         )
@@ -260,7 +266,7 @@ class MoESeq2SeqBackbone(BaseBackbone):
         Returns:
             A tensor `[B, T, D]`.
         """
-        x = self._dropped(self.embed(token_ids))
+        x = self._dropped(self.embed(token_ids, self.decoder_embedding))
         x = walk(
             self.decoder_transformer_layers,
             x,

@@ -5,6 +5,7 @@ from keras_moe.checkpoints.families.deepseek import DEEPSEEK, DEEPSEEK_V2, DEEPS
 from keras_moe.checkpoints.families.mixtral import MIXTRAL
 from keras_moe.checkpoints.families.olmoe import OLMOE
 from keras_moe.checkpoints.families.qwen import QWEN2_MOE, QWEN3_MOE
+from keras_moe.checkpoints.families.switch import SWITCH
 
 FAMILIES = {
     family.model_type: family
@@ -17,11 +18,13 @@ FAMILIES = {
         DEEPSEEK,
         DEEPSEEK_V2,
         DEEPSEEK_V3,
+        SWITCH,
     )
 }
 # Known, and why our layers do not hold them.
 _UNSUPPORTED = {
     "gpt_oss": "attention sinks, and biases of experts and router",
+    "nllb-moe": "biases of experts and dense layers, and sinusoidal positions",
 }
 
 

@@ -12,6 +12,7 @@ from keras_moe.checkpoints.config_reader import ACTIVATIONS, as_number
 from keras_moe.checkpoints.tables import Table
 
 GATED = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Scaling of rotary angles: the checkpoint's keys and ours, by kind.
 _ROPE_KEYS = {
     "linear": {"factor": "factor"},
@@ -48,7 +49,7 @@ def may_be_ignored(name, settings):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How one `model_type` of Transformers is a `MoEBackbone`.
+    """How one `model_type` of Transformers is a backbone of ours.
 
     Attributes:
         model_type: str, as `config.json` has it.
@@ -59,6 +60,9 @@ class Family:
         entries: callable from settings, all of them, to a list of `Entry`.
         ignored: callable `(name, settings) -> bool`: whether a tensor that no entry
             names may be left aside.
+        stand_ins: dict: by the name of a tensor that a checkpoint may not hold,
+            those that have the same values, the first that is there serving.
+        has_encoder: bool: it is a `MoESeq2SeqBackbone`, else a `MoEBackbone`.
     """
 
     model_type: str
@@ -67,6 +71,8 @@ class Family:
     config: Callable
     entries: Callable
     ignored: Callable = may_be_ignored
+    stand_ins: dict = dataclasses.field(default_factory=dict)
+    has_encoder: bool = False
 
 
 def size_settings(read, epsilon):
@@ -228,27 +234,26 @@ def embeddings(table, embedding="model.embed_tokens", norm="model.norm"):
     table.norm(norm, "layer_norm")
 
 
-def attention(table, theirs, ours):
+def attention(table, theirs, ours, names=PROJECTIONS):
     """Adds grouped-query attention with separate projections."""
     s = table.settings
     features, size = (s["hidden_dim"],), architecture.head_dim(s)
     heads = s["num_query_heads"]
     groups = architecture.num_key_value_heads(s)
     bias = s["attention_bias"]
-    for letter, name, count in (
-        ("q", "query", heads),
-        ("k", "key", groups),
-        ("v", "value", groups),
+    *inputs, output = names
+    for their_name, name, count in zip(
+        inputs, ("query", "key", "value"), (heads, groups, groups), strict=True
     ):
         table.linear(
-            f"{theirs}.{letter}_proj",
+            f"{theirs}.{their_name}",
             f"{ours}.{name}",
             features,
             (count, size),
             bias=bias is not None,
         )
     table.linear(
-        f"{theirs}.o_proj",
+        f"{theirs}.{output}",
         f"{ours}.output_dense",
         (heads, size),
         features,
@@ -267,20 +272,28 @@ def attention(table, theirs, ours):
 
 
 def feed_forward(table, theirs, ours, hidden, names=GATED):
-    """Adds a gated feed-forward block."""
-    gate, up, down = names
+    """Adds a feed-forward block, gated where there are three names."""
+    *inner, down = names
     features = (table.settings["hidden_dim"],)
-    table.linear(f"{theirs}.{gate}", f"{ours}.gate", features, (hidden,))
-    table.linear(f"{theirs}.{up}", f"{ours}.up", features, (hidden,))
+    for their_name, name in zip(inner, ("gate", "up")[-len(inner) :], strict=True):
+        table.linear(f"{theirs}.{their_name}", f"{ours}.{name}", features, (hidden,))
     table.linear(f"{theirs}.{down}", f"{ours}.down", (hidden,), features)
 
 
-def mixture(table, theirs, ours, names=GATED, shared=None):
+def mixture(
+    table,
+    theirs,
+    ours,
+    names=GATED,
+    shared=None,
+    router="gate",
+    expert="experts.{}",
+):
     """Adds a router and experts stored singly, and shared experts named `shared`."""
     s = table.settings
     features, hidden = s["hidden_dim"], s["expert_dim"]
     experts = s["num_experts"]
-    table.linear(f"{theirs}.gate", f"{ours}.router", (features,), (experts,))
+    table.linear(f"{theirs}.{router}", f"{ours}.router", (features,), (experts,))
     if s["selection_bias"]:
         table.add(
             f"{theirs}.gate.e_score_correction_bias",
@@ -290,14 +303,14 @@ def mixture(table, theirs, ours, names=GATED, shared=None):
         )
     shapes = {"gate": (features, hidden), "up": (features, hidden)}
     shapes["down"] = (hidden, features)
-    for (kernel, shape), name in zip(shapes.items(), names, strict=True):
-        for expert in range(experts):
+    for kernel, name in zip([*shapes][-len(names) :], names, strict=True):
+        for index in range(experts):
             table.add(
-                f"{theirs}.experts.{expert}.{name}.weight",
+                f"{theirs}.{expert.format(index)}.{name}.weight",
                 f"{ours}.experts.{kernel}_kernel",
-                shape,
+                shapes[kernel],
                 inputs=1,
-                index=expert,
+                index=index,
             )
     if shared is not None and architecture.shared_dim(s):
         feed_forward(
