@@ -12,6 +12,7 @@ from keras_moe.checkpoints.shards import read_json
 
 BYTE_PAIR = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
+T5_SENTENCEPIECE = "spiece.model"  # T5's, to which sentinel tokens are added
 MERGES = ("vocab.json", "merges.txt")  # a byte-pair tokenizer's older files
 # What those files leave out, by `tokenizer_class`: how text is normalised, and split
 # before it is merged; None for GPT-2's pattern, which `tokenizers` knows.

@@ -6,6 +6,8 @@ from keras_moe.models.moe_backbone import MoEBackbone
 from keras_moe.models.moe_causal_lm import MoECausalLM
 from keras_moe.models.moe_causal_lm_preprocessor import MoECausalLMPreprocessor
 from keras_moe.models.moe_seq2seq_backbone import MoESeq2SeqBackbone
+from keras_moe.models.moe_seq2seq_lm import MoESeq2SeqLM
+from keras_moe.models.moe_seq2seq_lm_preprocessor import MoESeq2SeqLMPreprocessor
 from keras_moe.models.moe_tokenizer import MoETokenizer
 
 __all__ = [
@@ -13,16 +15,19 @@ __all__ = [
     "MoECausalLM",
     "MoECausalLMPreprocessor",
     "MoESeq2SeqBackbone",
+    "MoESeq2SeqLM",
+    "MoESeq2SeqLMPreprocessor",
     "MoETokenizer",
 ]
 
 # Only presets that bring weights: KerasHub would allocate the others first and
 # miss their weights afterwards.
-register_names(
-    {
-        name: (str(presets.ROOT / name), presets.describe(name)["description"])
-        for name in presets.names()
-        if presets.has_weights(presets.ROOT / name)
-    },
-    MoEBackbone,
-)
+for _backbone in (MoEBackbone, MoESeq2SeqBackbone):
+    register_names(
+        {
+            name: (str(presets.ROOT / name), presets.describe(name)["description"])
+            for name in presets.names(_backbone.__name__)
+            if presets.has_weights(presets.ROOT / name)
+        },
+        _backbone,
+    )

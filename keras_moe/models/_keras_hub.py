@@ -25,6 +25,8 @@ from keras_hub.src.utils.tensor_utils import (
     canonicalize_python_token_inputs,
     convert_to_ragged_batch,
     preprocessing_function,
+    strip_to_ragged,
+    strip_to_ragged_python,
 )
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "qwen3_moe_decoder",
     "qwen_moe_decoder",
     "strings_to_ids",
+    "strip_to_ragged",
+    "strip_to_ragged_python",
 ]
 
 

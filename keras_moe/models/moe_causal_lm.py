@@ -4,23 +4,22 @@ B  batch        S  sequence length, prompt and generated tokens together
 D  model features           V  vocabulary
 """
 
-import warnings
-
 import keras
 import keras_hub
-import numpy as np
 from keras import ops
 
 from keras_moe import checks
-from keras_moe.models._keras_hub import any_equal
-from keras_moe.models.compression import warn_experts_left
+from keras_moe.models.language_model import (
+    LanguageModel,
+    check_right_padding,
+    check_vocabulary,
+)
 from keras_moe.models.moe_backbone import MoEBackbone, check_inputs
 from keras_moe.models.moe_causal_lm_preprocessor import MoECausalLMPreprocessor
-from keras_moe.models.pretrained import PretrainedTask
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoECausalLM(PretrainedTask, keras_hub.models.CausalLM):
+class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
     """A mixture-of-experts language model that trains on text and generates it.
 
     All that KerasHub's users do with a `CausalLM` works: `fit`, `evaluate` and
@@ -60,8 +59,7 @@ class MoECausalLM(PretrainedTask, keras_hub.models.CausalLM):
     preprocessor_cls = MoECausalLMPreprocessor
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
-        if preprocessor is not None:
-            _check_vocabulary(preprocessor.tokenizer, backbone)
+        check_vocabulary(preprocessor, backbone)
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -70,40 +68,6 @@ class MoECausalLM(PretrainedTask, keras_hub.models.CausalLM):
         inputs = backbone.input
         outputs = backbone.logits(backbone(inputs))
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
-
-    def compile(self, optimizer="auto", *args, **kwargs):
-        """As `keras_hub.models.CausalLM.compile`, aware of half-precision weights.
-
-        Adam divides by `1 - beta_2`; where weights, and so its state, are
-        bfloat16 or float16, `beta_2 = 0.999` rounds to 1 and no weight moves, or
-        all become NaN. There `"auto"` is `Lion(1e-4)`, and such an optimizer
-        brings a warning. `mixed_bfloat16`, whose weights are float32, takes any.
-
-        Args:
-            optimizer: `"auto"`, a name, or a `keras.optimizers.Optimizer`.
-            *args: as for KerasHub's `compile`.
-            **kwargs: as for KerasHub's `compile`, `sampler` among them.
-        """
-        half = keras.backend.standardize_dtype(self.backbone.variable_dtype)
-        if half in ("bfloat16", "float16"):
-            if isinstance(optimizer, str) and optimizer == "auto":
-                optimizer = keras.optimizers.Lion(1e-4)
-            else:
-                optimizer = keras.optimizers.get(optimizer)
-                _warn_of_beta(optimizer, half)
-        super().compile(optimizer, *args, **kwargs)
-
-    def get_compile_config(self):
-        return {
-            **super().get_compile_config(),
-            "sampler": keras_hub.samplers.serialize(self.sampler),
-        }
-
-    def compile_from_config(self, config):
-        # Keras gives up on models with a `compile()` of their own, and with it on
-        # the optimizer's state.
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
 
     def call_with_cache(self, token_ids, cache, cache_update_index, padding_mask=None):
         """A forward pass over new tokens that reads and extends a cache.
@@ -165,22 +129,14 @@ class MoECausalLM(PretrainedTask, keras_hub.models.CausalLM):
     def _check_prompt(self, inputs, max_length):
         context = self.backbone.context_length
         if self.preprocessor is not None:
-            if max_length is not None:
-                checks.at_least("max_length", max_length, 1)
-            length = max_length or self.preprocessor.sequence_length
-            if context is not None and length > context:
-                raise ValueError(
-                    "`max_length` must not exceed the model's `context_length` "
-                    f"({context}). Received: max_length={max_length} and a "
-                    f"preprocessor of {self.preprocessor.sequence_length} tokens"
-                )
+            self._check_length(max_length)
         elif isinstance(inputs, dict):
             inputs = {
                 name: ops.convert_to_numpy(inputs[name])
                 for name in ("token_ids", "padding_mask")
             }
             check_inputs(inputs, self.backbone.vocabulary_size, context)
-            _check_right_padding(inputs["padding_mask"].astype(bool))
+            check_right_padding(inputs["padding_mask"].astype(bool))
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Generates for one batch of token ids; compiled by `generate()`.
@@ -202,30 +158,14 @@ class MoECausalLM(PretrainedTask, keras_hub.models.CausalLM):
         _, hidden_states, cache = self.call_with_cache(
             token_ids, self.build_cache(batch_size, length), 0, padding_mask
         )
-        prompt_lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
-
-        def next(prompt, cache, index):
-            last = ops.slice(prompt, [0, index - 1], [ops.shape(prompt)[0], 1])
-            logits, hidden_states, cache = self.call_with_cache(last, cache, index - 1)
-            return logits[:, 0], hidden_states[:, 0], cache
-
-        token_ids = self.sampler(
-            next=next,
-            prompt=token_ids,
-            cache=cache,
-            index=ops.min(prompt_lengths),
-            mask=padding_mask,
-            stop_token_ids=stop_token_ids,
-            hidden_states=hidden_states,
-            model=self,
+        token_ids, padding_mask = self._sample(
+            self.call_with_cache,
+            token_ids,
+            padding_mask,
+            cache,
+            hidden_states,
+            stop_token_ids,
         )
-        if stop_token_ids is None:
-            padding_mask = ops.ones_like(token_ids, dtype="bool")
-        else:
-            # Padding begins after the first stop token that was generated.
-            stops = any_equal(token_ids, stop_token_ids, ops.logical_not(padding_mask))
-            stops = ops.cast(stops, "int32")
-            padding_mask = ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)
         return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def score(
@@ -282,45 +222,3 @@ class MoECausalLM(PretrainedTask, keras_hub.models.CausalLM):
         if self.preprocessor is None and isinstance(x, dict):
             check_inputs(x, self.backbone.vocabulary_size, self.backbone.context_length)
         return super().preprocess_samples(x, y, sample_weight)
-
-    def quantize(self, mode=None, **kwargs):
-        """As Keras's; experts and routers stay as they are, and a warning says so."""
-        super().quantize(mode, **kwargs)
-        warn_experts_left(self, "quantize")
-
-
-def _check_vocabulary(tokenizer, backbone):
-    if not tokenizer.has_vocabulary:
-        return  # a saved model is being read: its vocabulary comes later
-    size = tokenizer.vocabulary_size()
-    if size > backbone.vocabulary_size:
-        raise ValueError(
-            "`preprocessor` must not have more tokens than the backbone's "
-            f"`vocabulary_size` ({backbone.vocabulary_size}). Received: a tokenizer "
-            f"with vocabulary_size={size}"
-        )
-
-
-def _check_right_padding(mask):
-    if mask.shape[0] == 0:
-        raise ValueError(
-            "`inputs` must hold at least one prompt. "
-            f"Received: padding_mask.shape={mask.shape}"
-        )
-    if not mask[:, :1].all() or (np.diff(mask.astype(int), axis=1) > 0).any():
-        raise ValueError(
-            "`inputs` must hold prompts of at least one token, padded at the right. "
-            "Received: a `padding_mask` with padding before a token"
-        )
-
-
-def _warn_of_beta(optimizer, dtype):
-    beta = getattr(optimizer, "beta_2", None)
-    # float16 keeps 0.999; its epsilon, 1e-7 squared away, is what fails there.
-    if beta is not None and (dtype == "float16" or beta > 1 - 2**-9):
-        warnings.warn(
-            f"{type(optimizer).__name__} does not train {dtype} weights: its beta_2="
-            f"{beta} or epsilon is lost in that precision. Use the dtype policy "
-            f"'mixed_{dtype}', or an optimizer such as keras.optimizers.Lion.",
-            stacklevel=3,
-        )

@@ -1,8 +1,10 @@
 """One tokenizer for every preset: SentencePiece or byte-pair, as its files say."""
 
+import itertools
 import json
 import os
 import pathlib
+import re
 
 import keras
 import keras_hub
@@ -10,7 +12,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from keras_moe import checkpoints
+from keras_moe import checkpoints, checks
 from keras_moe.models import presets
 from keras_moe.models._keras_hub import (
     canonicalize_python_token_inputs,
@@ -20,6 +22,7 @@ from keras_moe.models._keras_hub import (
     strings_to_ids,
 )
 from keras_moe.models.moe_backbone import MoEBackbone
+from keras_moe.models.moe_seq2seq_backbone import MoESeq2SeqBackbone
 
 SENTENCEPIECE_FILE = "vocabulary.spm"
 BYTE_PAIR_FILE = "tokenizer.json"
@@ -54,6 +57,9 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         pad_token: str. The token that fills up a batch. `None` stands for
             `"<pad>"` if the vocabulary has it, and otherwise for id 0, whatever
             token that is: padding is masked, so its id has no effect.
+        extra_ids: int. How many sentinel tokens T5 adds to a SentencePiece model:
+            `"<extra_id_0>"` has the highest id. Unlike other special tokens they
+            are recognised in a text, and the spaces around them have no meaning.
         dtype: str. The integer dtype of token ids.
         **kwargs: Further arguments of `keras_hub.tokenizers.Tokenizer`, such as
             `name`.
@@ -92,9 +98,11 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         end_token="</s>",
         pad_token=None,
         dtype="int32",
+        extra_ids=0,
         **kwargs,
     ):
         super().__init__(dtype=dtype, **kwargs)
+        checks.at_least("extra_ids", extra_ids, 0)
         if "int" not in self.compute_dtype:
             raise ValueError(
                 f"`dtype` must be an integer type. Received: dtype={dtype!r}"
@@ -111,14 +119,16 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         self.start_token = start_token
         self.end_token = end_token
         self.pad_token = pad_token
+        self.extra_ids = extra_ids
         self.start_token_id = None
         self.end_token_id = None
         self.pad_token_id = None
         self._model = None
         if proto is not None:
-            self._set_model(_SentencePiece(_read_proto(proto)))
+            self._set_model(_SentencePiece(_read_proto(proto), extra_ids))
         if tokenizer_json is not None:
-            self._set_model(_BytePair(_read_tokenizer_json(tokenizer_json)))
+            source = _read_tokenizer_json(tokenizer_json)
+            self._set_model(_BytePair(source, extra_ids))
 
     def _set_model(self, model):
         for argument in ("start_token", "end_token", "pad_token"):
@@ -248,6 +258,13 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         return token_id
 
     @property
+    def sentinel_token_ids(self):
+        """The ids of `"<extra_id_0>"`, `"<extra_id_1>"` and so on, a list."""
+        model = self._loaded_model()
+        found = (model.find(f"<extra_id_{i}>") for i in itertools.count())
+        return list(itertools.takewhile(lambda i: i is not None, found))
+
+    @property
     def special_tokens(self):
         """The start, end and padding tokens, of those that exist."""
         tokens = [self.start_token, self.end_token, self.pad_token]
@@ -278,7 +295,8 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
                 f"{BYTE_PAIR_FILE!r}. Received: dir_path={str(dir_path)!r}, which "
                 "holds both."
             )
-        self._set_model(_MODELS[found[0]]((folder / found[0]).read_bytes()))
+        source = (folder / found[0]).read_bytes()
+        self._set_model(_MODELS[found[0]](source, self.extra_ids))
 
     def load_preset_assets(self, preset):
         paths = [find_tokenizer_asset(preset, self.config_file, f) for f in _MODELS]
@@ -298,6 +316,7 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
             "start_token": self.start_token,
             "end_token": self.end_token,
             "pad_token": self.pad_token,
+            "extra_ids": self.extra_ids,
         }
 
     @classmethod
@@ -334,13 +353,22 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         return super().from_preset(folder, **kwargs)
 
 
+class _MoESeq2SeqTokenizer(MoETokenizer):
+    """How KerasHub, which looks for a tokenizer by its backbone, finds `MoETokenizer`.
+
+    It reads from a preset which class to build, and so builds that.
+    """
+
+    backbone_cls = MoESeq2SeqBackbone
+
+
 class _SentencePiece:
     """A SentencePiece model, as `MoETokenizer` uses it."""
 
     kind = "SentencePiece model"
     file_name = SENTENCEPIECE_FILE
 
-    def __init__(self, source):
+    def __init__(self, source, extra_ids=0):
         self.source = source
         try:
             # No bytes at all would pass, as a processor that is to be loaded later.
@@ -352,20 +380,50 @@ class _SentencePiece:
                 f"`proto` (asset {self.file_name!r}) must be a SentencePiece model. "
                 f"Received: proto={_brief(source)}"
             ) from error
-        self.size = self._processor.vocab_size()
+        self._pieces = self._processor.vocab_size()
+        self.size = self._pieces + extra_ids
         self.unknown_id = self._processor.unk_id()
+        # The first sentinel has the highest id.
+        self._sentinels = {
+            f"<extra_id_{i}>": self.size - 1 - i for i in range(extra_ids)
+        }
+        self._names = {i: name for name, i in self._sentinels.items()}
+        self._split = re.compile("|".join(map(re.escape, self._sentinels)) or "(?!)")
 
     def encode(self, texts):
-        return self._processor.encode(texts, out_type=int)
+        if not self._sentinels:
+            return self._processor.encode(texts, out_type=int)
+        return [self._encode_with_sentinels(text) for text in texts]
+
+    def _encode_with_sentinels(self, text):
+        ids, start = [], 0
+        for found in self._split.finditer(text):
+            ids += self._processor.encode(text[start : found.start()])
+            ids.append(self._sentinels[found[0]])
+            start = found.end()
+        return ids + self._processor.encode(text[start:])
 
     def decode(self, rows):
-        return [self._processor.decode(row) if row else "" for row in rows]
+        return [self._decode_row(row) for row in rows]
+
+    def _decode_row(self, row):
+        parts = []
+        for is_sentinel, ids in itertools.groupby(row, lambda i: i >= self._pieces):
+            if is_sentinel:
+                parts += [self._names[i] for i in ids]
+            else:
+                parts.append(self._processor.decode([*ids]))
+        return " ".join(part for part in parts if part)
 
     def find(self, token):
+        if token in self._sentinels:
+            return self._sentinels[token]
         found = self._processor.piece_to_id(token)
         return found if self.token(found) == token else None
 
     def token(self, token_id):
+        if token_id in self._names:
+            return self._names[token_id]
         return self._processor.id_to_piece(token_id)
 
     def tokens(self):
@@ -379,7 +437,12 @@ class _BytePair:
     file_name = BYTE_PAIR_FILE
     unknown_id = None
 
-    def __init__(self, source):
+    def __init__(self, source, extra_ids=0):
+        if extra_ids:
+            raise ValueError(
+                "`extra_ids` must be 0 with a tokenizer.json, which holds its sentinel "
+                f"tokens itself. Received: extra_ids={extra_ids}"
+            )
         self.source = source
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(source.decode("utf-8"))

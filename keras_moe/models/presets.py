@@ -31,9 +31,15 @@ _JSON_FILES = (
 
 
 @functools.cache
-def names():
-    """The names of the presets that come with the package, sorted."""
-    return tuple(sorted(path.parent.name for path in ROOT.glob("*/config.json")))
+def names(class_name=None):
+    """The names of the presets that come with the package, sorted.
+
+    Those of a class of backbones, by its name, or all.
+    """
+    found = sorted(ROOT.glob("*/config.json"))
+    if class_name is not None:
+        found = [p for p in found if _read_json(p)["class_name"] == class_name]
+    return tuple(path.parent.name for path in found)
 
 
 def describe(name):

@@ -1,0 +1,233 @@
+"""The sequence-to-sequence language model over the encoder-decoder backbone.
+
+B  batch        S  tokens of the source         T  tokens of the target
+D  model features           V  vocabulary
+"""
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_moe.models.language_model import (
+    LanguageModel,
+    check_right_padding,
+    check_vocabulary,
+)
+from keras_moe.models.moe_seq2seq_backbone import (
+    INPUTS,
+    MoESeq2SeqBackbone,
+    check_inputs,
+)
+from keras_moe.models.moe_seq2seq_lm_preprocessor import MoESeq2SeqLMPreprocessor
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
+    """A mixture-of-experts model that trains on pairs of texts and generates.
+
+    All that KerasHub's users do with a `Seq2SeqLM` works: `fit`, `evaluate` and
+    `predict` on strings, `generate` with every sampler, saving in every format.
+    Balance and router z-losses of the mixtures are part of the training loss.
+
+    Where capacity is limited, a token generated from the cache is alone in its
+    group and never dropped, though it may be in a pass over the whole target: as in
+    Transformers, the two then differ.
+
+    Args:
+        backbone: a `MoESeq2SeqBackbone`.
+        preprocessor: a `MoESeq2SeqLMPreprocessor`, or None to work on token ids.
+        **kwargs: as for `keras_hub.models.Seq2SeqLM`.
+
+    Call arguments:
+        inputs: as for `MoESeq2SeqBackbone`.
+
+    Returns:
+        Logits of the target, `[B, T, V]`.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the backbone.
+
+    Example:
+
+    ```python
+    seq2seq_lm = keras_moe.models.MoESeq2SeqLM.from_preset("switch_tiny_en")
+    seq2seq_lm.generate("The <extra_id_0> statement", max_length=16)
+    seq2seq_lm.compile(optimizer=keras.optimizers.AdamW(1e-3), sampler="greedy")
+    seq2seq_lm.fit({
+        "encoder_text": ["The <extra_id_0> statement"],
+        "decoder_text": ["<extra_id_0> import <extra_id_1>"],
+    })
+    ```
+    """
+
+    backbone_cls = MoESeq2SeqBackbone
+    preprocessor_cls = MoESeq2SeqLMPreprocessor
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        check_vocabulary(preprocessor, backbone)
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+
+        # === Functional model ===
+        inputs = backbone.input
+        outputs = backbone.logits(backbone(inputs)["decoder_sequence_output"])
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def call_decoder_with_cache(
+        self, token_ids, cache, cache_update_index, padding_mask=None
+    ):
+        """A pass of the decoder over new tokens that reads and extends a cache.
+
+        Args:
+            token_ids: int tensor `[B, T]`, the tokens to process.
+            cache: as `build_cache` makes it; every leaf has the batch first.
+            cache_update_index: int or scalar int tensor, the position of the
+                first of them.
+            padding_mask: bool tensor `[B, T]` or None. Padding at the right.
+
+        Returns:
+            `(logits [B, T, V], hidden_states [B, T, D], cache)`.
+        """
+        layer_caches, source_mask = cache
+        backbone = self.backbone
+        x = backbone.embed(token_ids, backbone.decoder_embedding)
+        arguments = {}
+        if backbone.decoder_position_bias is not None:
+            # Of the new tokens to all that the cache has room for.
+            index = ops.arange(ops.shape(token_ids)[1], dtype="int32")
+            own_keys = layer_caches[0][0][0]
+            arguments["position_bias"] = backbone.decoder_position_bias(
+                index + ops.cast(cache_update_index, "int32"),
+                ops.arange(ops.shape(own_keys)[1], dtype="int32"),
+            )
+        updated = []
+        for layer, layer_cache in zip(
+            backbone.decoder_transformer_layers, layer_caches, strict=True
+        ):
+            x, layer_cache = layer(
+                x,
+                padding_mask=padding_mask,
+                cache=layer_cache,
+                cache_index=cache_update_index,
+                source_mask=source_mask,
+                **arguments,
+            )
+            updated.append(layer_cache)
+        hidden_states = backbone.decoder_layer_norm(x)
+        logits = backbone.logits(hidden_states)
+        return logits, hidden_states, (tuple(updated), source_mask)
+
+    def build_cache(self, source, source_mask, length):
+        """A cache for targets of a length, nothing of which is there yet.
+
+        Args:
+            source: float tensor `[B, S, D]`, the encoder's states.
+            source_mask: bool or int tensor `[B, S]`.
+            length: int, T.
+
+        Returns:
+            A tuple of the layers' caches and the source's mask. A layer's is what
+            its attention keeps, zeros so far, and the source's keys and values.
+        """
+        layers = tuple(
+            (
+                layer.attention.empty_cache(ops.shape(source)[0], length),
+                layer.cross_attention.project_source(source),
+            )
+            for layer in self.backbone.decoder_transformer_layers
+        )
+        return layers, ops.cast(source_mask, "int32")
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", **kwargs):
+        """As `keras_hub.models.Seq2SeqLM.generate`, with its input checked.
+
+        Args:
+            inputs: strings, the sources, or a dict of `encoder_text` and
+                `decoder_text`, targets begun; without a preprocessor a dict of
+                `encoder_token_ids` and `encoder_padding_mask`, both `[B, S]`, and
+                `decoder_token_ids` and `decoder_padding_mask`, both `[B, T]`, of
+                at least one token and padded at the right.
+            max_length: int, T, at most the backbone's `context_length`.
+            stop_token_ids: `"auto"`, None or a tuple of ids.
+            **kwargs: `strip_prompt`, which must be False.
+
+        Returns:
+            The targets: strings, or a dict of `decoder_token_ids` and
+            `decoder_padding_mask`.
+
+        Raises:
+            ValueError: for an empty batch or target, a target padded at the left,
+                ids out of range, batches of different sizes, a source of nothing
+                but padding, and lengths beyond the context.
+        """
+        if kwargs.get("strip_prompt"):
+            raise ValueError(
+                "`strip_prompt` must be False: the source is no part of what is "
+                "generated. Received: strip_prompt=True"
+            )
+        if isinstance(inputs, dict):
+            inputs = dict(inputs)  # KerasHub changes it
+        self._check_generate_inputs(inputs, max_length)
+        return super().generate(
+            inputs, max_length=max_length, stop_token_ids=stop_token_ids, **kwargs
+        )
+
+    def _check_generate_inputs(self, inputs, max_length):
+        context = self.backbone.context_length
+        if self.preprocessor is not None:
+            self._check_length(max_length)
+            length = self.preprocessor.encoder_sequence_length
+            if context is not None and length > context:
+                raise ValueError(
+                    "The preprocessor's `encoder_sequence_length` must not exceed the "
+                    f"model's `context_length` ({context}). Received: "
+                    f"encoder_sequence_length={length}"
+                )
+        elif isinstance(inputs, dict):
+            arrays = {name: ops.convert_to_numpy(inputs[name]) for name in INPUTS}
+            check_right_padding(
+                arrays["decoder_padding_mask"].astype(bool), "decoder_padding_mask"
+            )
+            check_inputs(arrays, self.backbone.vocabulary_size, context)
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Generates for one batch of token ids; compiled by `generate()`.
+
+        Args:
+            inputs: dict as for a call, targets begun padded at the right to the
+                length wanted.
+            stop_token_ids: None or a tuple of ids: generation ends once every
+                sequence has produced one.
+
+        Returns:
+            A dict of `decoder_token_ids` and `decoder_padding_mask`, filled in.
+        """
+        source_ids, source_mask, token_ids, padding_mask = (
+            inputs[name] for name in INPUTS
+        )
+        padding_mask = ops.cast(padding_mask, "bool")
+        source = self.backbone.encode(source_ids, source_mask)
+        cache = self.build_cache(source, source_mask, ops.shape(token_ids)[1])
+        # The whole target begun at once; what lies beyond it is overwritten before
+        # anything attends to it.
+        _, hidden_states, cache = self.call_decoder_with_cache(
+            token_ids, cache, 0, padding_mask
+        )
+        token_ids, padding_mask = self._sample(
+            self.call_decoder_with_cache,
+            token_ids,
+            padding_mask,
+            cache,
+            hidden_states,
+            stop_token_ids,
+        )
+        return {
+            "decoder_token_ids": token_ids,
+            "decoder_padding_mask": padding_mask,
+        }
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        if self.preprocessor is None and isinstance(x, dict):
+            check_inputs(x, self.backbone.vocabulary_size, self.backbone.context_length)
+        return super().preprocess_samples(x, y, sample_weight)
