@@ -91,8 +91,8 @@ def export_to_transformers(
         ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         if preprocessor is not None:
             ids.update(write_tokenizer(temporary, preprocessor))
-        _write_config(temporary, family, {**config, **ids}, dtype)
         given = {key: value for key, value in ids.items() if value is not None}
+        _write_config(temporary, family, {**ids, **config, **given}, dtype)
         write_json(temporary / "generation_config.json", given)
         _write_weights(temporary, backbone, family.entries(settings), dtype, limit)
         _put_in_place(temporary, folder)

@@ -4,6 +4,7 @@ import json
 import pathlib
 import warnings
 
+import keras_hub
 import sentencepiece
 import tokenizers
 
@@ -36,16 +37,16 @@ def has_tokenizer(folder):
     folder = pathlib.Path(folder)
     return any(
         all((folder / name).is_file() for name in names)
-        for names in ((BYTE_PAIR,), (SENTENCEPIECE,), MERGES)
+        for names in ((BYTE_PAIR,), (SENTENCEPIECE,), (T5_SENTENCEPIECE,), MERGES)
     )
 
 
 def read_tokenizer(folder):
     """The arguments of a `MoETokenizer` from a checkpoint's folder.
 
-    `tokenizer.json` goes before `tokenizer.model`, as in Transformers, and both
-    before `vocab.json` and `merges.txt`, which are read with the split pattern of
-    the `tokenizer_class` in `tokenizer_config.json`.
+    `tokenizer.json` goes before `tokenizer.model` and T5's `spiece.model`, as in
+    Transformers, and all of them before `vocab.json` and `merges.txt`, which are read
+    with the split pattern of the `tokenizer_class` in `tokenizer_config.json`.
 
     Args:
         folder: path.
@@ -60,16 +61,19 @@ def read_tokenizer(folder):
     folder = pathlib.Path(folder)
     if not has_tokenizer(folder):
         raise FileNotFoundError(
-            f"The checkpoint must hold {BYTE_PAIR!r}, {SENTENCEPIECE!r}, or "
-            f"{' and '.join(map(repr, MERGES))}. "
+            f"The checkpoint must hold {BYTE_PAIR!r}, {SENTENCEPIECE!r}, "
+            f"{T5_SENTENCEPIECE!r}, or {' and '.join(map(repr, MERGES))}. "
             f"Received: {str(folder)!r}, which holds none of them."
         )
     if (folder / BYTE_PAIR).is_file():
         arguments = {"tokenizer_json": folder / BYTE_PAIR}
-    elif not (folder / SENTENCEPIECE).is_file():
-        arguments = {"tokenizer_json": _load_byte_pair(folder).to_str()}
-    else:
+    elif (folder / SENTENCEPIECE).is_file():
         arguments = {"proto": folder / SENTENCEPIECE}
+    elif (folder / T5_SENTENCEPIECE).is_file():
+        extra_ids = _read(folder, "tokenizer_config.json").get("extra_ids", 100)
+        arguments = {"proto": folder / T5_SENTENCEPIECE, "extra_ids": extra_ids}
+    else:
+        arguments = {"tokenizer_json": _load_byte_pair(folder).to_str()}
     arguments.update(_special_tokens(folder))
     if arguments["end_token"] is None:
         raise ValueError(
@@ -87,7 +91,8 @@ def read_preprocessing(folder):
     """
     folder = pathlib.Path(folder)
     config = _read(folder, "config.json")
-    context = config.get("max_position_embeddings") or config.get("max_seq_len")
+    keys = ("max_position_embeddings", "max_seq_len", "n_positions")
+    context = next((config[key] for key in keys if config.get(key)), None)
     return {
         "sequence_length": min(1024, context) if isinstance(context, int) else 1024,
         "add_start_token": _adds_start_token(folder),
@@ -119,9 +124,11 @@ def _special_tokens(folder):
 
 
 def _id_to_token(folder, token_id):
-    if not (folder / SENTENCEPIECE).is_file() or (folder / BYTE_PAIR).is_file():
+    paths = [folder / name for name in (SENTENCEPIECE, T5_SENTENCEPIECE)]
+    paths = [str(path) for path in paths if path.is_file()]
+    if not paths or (folder / BYTE_PAIR).is_file():
         return _load_byte_pair(folder).id_to_token(token_id)
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE))
+    model = sentencepiece.SentencePieceProcessor(model_file=paths[0])
     return model.id_to_piece(token_id) if token_id < model.vocab_size() else None
 
 
@@ -202,36 +209,53 @@ def write_tokenizer(folder, preprocessor):
 
     Args:
         folder: `pathlib.Path`.
-        preprocessor: a `MoECausalLMPreprocessor`.
+        preprocessor: a `MoECausalLMPreprocessor` or a `MoESeq2SeqLMPreprocessor`.
 
     Returns:
         A dict of the ids of special tokens, as `config.json` names them.
     """
     tokenizer = preprocessor.tokenizer
-    adds_start = preprocessor.add_start_token and tokenizer.start_token is not None
+    has_source = isinstance(preprocessor, keras_hub.models.Seq2SeqLMPreprocessor)
+    adds_start = (
+        not has_source
+        and preprocessor.add_start_token
+        and tokenizer.start_token is not None
+    )
     config = {
         key: getattr(tokenizer, argument)
         for argument, key in _TOKENS.items()
         if getattr(tokenizer, argument) is not None
     }
     config["add_bos_token"] = adds_start
-    config["add_eos_token"] = False
+    config["add_eos_token"] = has_source
     config["clean_up_tokenization_spaces"] = False
     tokenizer.save_assets(str(folder))
     saved = folder / tokenizer.file_assets[0]
     if saved.name == BYTE_PAIR:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _set_start_token(folder, tokenizer.start_token, adds_start)
+    elif has_source and tokenizer.extra_ids:
+        saved.rename(folder / T5_SENTENCEPIECE)
+        config["tokenizer_class"] = "T5Tokenizer"
+        config["extra_ids"] = tokenizer.extra_ids
     else:
         _write_sentencepiece(folder, saved.rename(folder / SENTENCEPIECE), config)
-        if (folder / BYTE_PAIR).is_file():
-            _set_start_token(folder, tokenizer.start_token, adds_start)
+    if (folder / BYTE_PAIR).is_file():
+        _set_start_token(folder, tokenizer.start_token, adds_start)
+        if has_source:
+            _set_end_token(folder, tokenizer.end_token)
     write_json(folder / "tokenizer_config.json", config)
-    return {
+    ids = {
         f"{key}_id": getattr(tokenizer, f"{argument}_id")
         for argument, key in _TOKENS.items()
         if getattr(tokenizer, argument) is not None
     }
+    if has_source:
+        ids["pad_token_id"] = tokenizer.pad_token_id
+        start = tokenizer.start_token_id
+        ids["decoder_start_token_id"] = (
+            tokenizer.pad_token_id if start is None else start
+        )
+    return ids
 
 
 def _write_sentencepiece(folder, path, config):
@@ -262,6 +286,20 @@ def _set_start_token(folder, start, adds_start):
         single=f"{start}:0 $A:0",
         pair=f"{start}:0 $A:0 {start}:1 $B:1",
         special_tokens=[(start, tokenizer.token_to_id(start))],
+    )
+    tokenizer.save(str(folder / BYTE_PAIR))
+
+
+def _set_end_token(folder, end):
+    """Makes the file's own post-processor close a text with the end token."""
+    tokenizer = _load_byte_pair(folder)
+    token_id = tokenizer.token_to_id(end)
+    if tokenizer.encode("a").ids[-1:] == [token_id]:
+        return
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A:0 {end}:0",
+        pair=f"$A:0 {end}:0 $B:1 {end}:1",
+        special_tokens=[(end, token_id)],
     )
     tokenizer.save(str(folder / BYTE_PAIR))
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_moe.layers import GroupedQueryAttention, LatentAttention
+from keras_moe.layers import CrossAttention, GroupedQueryAttention, LatentAttention
 from tests.execution import numpy as to_numpy
 from tests.references import attention as reference
 
@@ -34,12 +34,17 @@ def named(layer):
     return weights
 
 
-def relative_bias(embeddings, length, max_distance):
-    """T5's bias `[H, T, T]`, the bucket of each distance in exact arithmetic."""
-    buckets = len(embeddings)
+def relative_bias(embeddings, length, max_distance, bidirectional=False):
+    """T5's bias `[H, T, T]`, the bucket of each distance in exact arithmetic.
+
+    Bidirectional, the second half of the buckets is for keys after the query.
+    """
+    buckets = len(embeddings) // (2 if bidirectional else 1)
     bias = np.zeros((embeddings.shape[1], length, length))
     for t, s in np.ndindex(length, length):
-        bias[:, t, s] = embeddings[bucket(max(t - s, 0), buckets, max_distance)]
+        distance = abs(t - s) if bidirectional else max(t - s, 0)
+        row = bucket(distance, buckets, max_distance)
+        bias[:, t, s] = embeddings[row + (buckets if bidirectional and s > t else 0)]
     return bias
 
 
@@ -59,7 +64,7 @@ def bucket(distance, buckets, max_distance):
     return exact + j
 
 
-def expected(layer, sequence):
+def expected(layer, sequence, source=None, position_bias=None):
     """The layer's output for one sequence `[T, D]` without padding."""
     weights = named(layer)
     sequence = np.asarray(sequence, "float64")
@@ -67,12 +72,18 @@ def expected(layer, sequence):
         sizes = layer.head_dim, layer.key_value_rank
         return reference.latent_attention(sequence, weights, *sizes, layer.rope_theta)
     names = ("query", "key", "value", "output_dense")
-    theta, bias = layer.rope_theta, None
-    if layer.positions == "relative_bias":
-        theta = None
-        bias = relative_bias(
-            weights["relative_bias"], len(sequence), layer.relative_max_distance
-        )
+    if isinstance(layer, CrossAttention):
+        theta, bias, window, causal = None, None, None, False
+    else:
+        theta = layer.rope_theta if layer.positions == "rotary" else None
+        bias, window, causal = position_bias, layer.window, layer.causal
+        if layer.positions == "relative_bias":
+            bias = relative_bias(
+                weights["relative_bias"],
+                len(sequence),
+                layer.relative_max_distance,
+                not causal,
+            )
     return reference.attention(
         sequence,
         *(weights[n] for n in names),
@@ -82,6 +93,9 @@ def expected(layer, sequence):
         scales=layer.query_key_norm and (weights["query_norm"], weights["key_norm"]),
         clip=layer.clip or np.inf,
         soft_cap=layer.soft_cap,
-        window=layer.window,
+        window=window,
         epsilon=layer.norm_epsilon,
+        scale=layer.scale,
+        causal=causal,
+        source=source,
     )

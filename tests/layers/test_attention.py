@@ -61,6 +61,21 @@ HEADS = {
     "window": dict(num_query_heads=4, num_key_value_heads=2, window=3),
     "window_of_one": dict(num_query_heads=2, window=1),
     "capped_window": dict(num_query_heads=2, window=2, soft_cap=1.0),
+    "without_positions": dict(num_query_heads=2, positions=None),
+    "scaled": dict(num_query_heads=4, num_key_value_heads=2, scale=1.0),
+    "capped_and_scaled": dict(num_query_heads=2, scale=0.3, soft_cap=0.5),
+}
+BIDIRECTIONAL = {
+    "rotary": dict(num_query_heads=4, num_key_value_heads=2),
+    "biased": dict(
+        num_query_heads=3,
+        head_dim=5,
+        positions="relative_bias",
+        relative_buckets=8,
+        relative_max_distance=5,
+        scale=1.0,
+    ),
+    "window": dict(num_query_heads=2, window=3),
 }
 LENGTH, DIM = 7, 8
 
@@ -307,3 +322,39 @@ def test_symbolic_calls():
     y, updated = layer(x, cache=tuple(cache), cache_index=3)
     assert tuple(y.shape) == (None, None, DIM)
     assert [tuple(part.shape) for part in updated] == [(None, 10, 2, 2)] * 2
+
+
+@pytest.mark.parametrize("settings", BIDIRECTIONAL.values(), ids=BIDIRECTIONAL)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_of_an_encoder(settings, side):
+    layer, x = make(causal=False, **settings), inputs()
+    mask = np.ones((2, LENGTH), bool)
+    mask[0, slice(0, 2) if side == "left" else slice(5, None)] = False
+    y = to_numpy(layer(x, mask=mask))
+    for got, sequence, real in zip(y, x, mask, strict=True):
+        np.testing.assert_allclose(
+            got[real], expected(layer, sequence[real]), atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("settings", [{}, {"soft_cap": 0.5}, {"positions": "rotary"}])
+def test_adds_a_bias_from_outside(settings):
+    layer = make(**{"num_query_heads": 2, "positions": None, **settings})
+    x = inputs()
+    bias = np.random.default_rng(7).normal(size=(1, 2, LENGTH, LENGTH))
+    y = to_numpy(layer(x, position_bias=bias.astype("f")))
+    for got, sequence in zip(y, x, strict=True):
+        wanted = expected(layer, sequence, position_bias=bias[0])
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+def test_dropout_of_weights_keeps_their_mean():
+    layer = make(2, positions=None, weight_dropout=0.4)
+    x = inputs(1)
+    outside = to_numpy(layer(x))
+    np.testing.assert_allclose(outside[0], expected(layer, x[0]), atol=1e-5)
+    drawn = np.stack([to_numpy(layer(x, training=True)) for _ in range(400)])
+    # Of 400 draws, whose spread says how far off their mean may be.
+    error = drawn.std(0) / 20
+    assert (np.abs(drawn.mean(0) - outside) < 5 * error + 1e-5).all()
+    assert drawn.std(0).min() > 1e-3

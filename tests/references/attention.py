@@ -35,18 +35,23 @@ def attention(
     soft_cap=None,
     window=None,
     epsilon=1e-6,
+    scale=None,
+    causal=True,
+    source=None,
 ):
     """One sequence without padding: Ainslie et al. 2023, section 2.2.
 
     `x [T, D]`, `query [D, H, d]`, `key` and `value [D, G, d]`, `output [H, d, D]`,
     `bias [H, T, T]` or None. Rotary positions unless `theta` is None. `offsets` are
     the biases of the four projections, 0 for none; `scales` those of the norms of
-    queries and keys, `[d]` or `[H, d]`.
+    queries and keys, `[d]` or `[H, d]`. Keys and values of a `source [S, D]`, if one
+    is given, all of which is seen (Vaswani et al. 2017, section 3.2.3).
     """
     offsets = offsets or (0, 0, 0, 0)
+    inputs = (x, x, x) if source is None else (x, source, source)
     q, k, v = (
-        np.einsum("td,dhk->thk", x, w) + b
-        for w, b in zip((query, key, value), offsets, strict=False)
+        np.einsum("td,dhk->thk", t, w) + b
+        for t, w, b in zip(inputs, (query, key, value), offsets, strict=False)
     )
     if scales:
         q, k = (
@@ -63,12 +68,18 @@ def attention(
     y = np.zeros(x.shape) + offsets[3]
     for h in range(heads):
         logits = q[:, h] @ k[:, h // group].T / math.sqrt(width)
+        if scale is not None:
+            logits = logits * math.sqrt(width) * scale
         if soft_cap:
             logits = soft_cap * np.tanh(logits / soft_cap)
         if bias is not None:
             logits = logits + bias[h]
         for t in range(length):
             seen = slice(max(0, t + 1 - (window or length)), t + 1)
+            if source is not None:
+                seen = slice(None)
+            elif not causal:
+                seen = slice(max(0, t + 1 - (window or length)), t + (window or length))
             weight = softmax(logits[t, seen])
             y[t] += weight @ v[seen, h // group] @ output[h]
     return y

@@ -143,6 +143,7 @@ def _config(s):
         "router_bias": False,
         "is_encoder_decoder": True,
         "decoder_start_token_id": 0,
+        "pad_token_id": 0,
     }
     for name, stack in zip(("encoder", "decoder"), architecture.stacks(s), strict=True):
         mixtures = architecture.mixture_layers(stack)
