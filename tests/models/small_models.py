@@ -2,7 +2,12 @@
 
 import numpy as np
 
-from keras_moe.models import MoEBackbone, MoECausalLM
+from keras_moe.models import (
+    MoEBackbone,
+    MoECausalLM,
+    MoESeq2SeqBackbone,
+    MoESeq2SeqLM,
+)
 
 SETTINGS = {
     "vocabulary_size": 50,
@@ -59,3 +64,40 @@ def padded(rows, length, side):
 def full(token_ids):
     """Model inputs without padding."""
     return {"token_ids": token_ids, "padding_mask": np.ones(token_ids.shape, bool)}
+
+
+SEQ2SEQ = {
+    "vocabulary_size": 50,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "hidden_dim": 16,
+    "num_query_heads": 4,
+    "head_dim": 6,
+    "num_experts": 4,
+    "expert_dim": 24,
+    "moe_every": 2,
+    "moe_offset": 1,
+    "dense_dim": 32,
+    "initializer_scale": 1.0,  # so that routing and attention matter
+}
+
+
+def small_seq2seq_backbone(**overrides):
+    """A `MoESeq2SeqBackbone` of `SEQ2SEQ`: dense, then a mixture, in both stacks."""
+    return MoESeq2SeqBackbone(**{**SEQ2SEQ, **overrides})
+
+
+def small_seq2seq_lm(preprocessor=None, **overrides):
+    """A `MoESeq2SeqLM` over `small_seq2seq_backbone`."""
+    return MoESeq2SeqLM(small_seq2seq_backbone(**overrides), preprocessor=preprocessor)
+
+
+def source_and_target(sources, targets, target_length=None):
+    """Inputs of an encoder-decoder from rows of token ids, padded at the right."""
+    source = padded(sources, max(map(len, sources)), "right")
+    length = target_length or max(map(len, targets))
+    target = padded(targets, length, "right")
+    return {
+        **{f"encoder_{name}": value for name, value in source.items()},
+        **{f"decoder_{name}": value for name, value in target.items()},
+    }
