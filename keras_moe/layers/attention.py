@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from keras_moe import checks
-from keras_moe.layers.initializers import fresh_projection
+from keras_moe.layers.initializers import fresh, fresh_share
 from keras_moe.layers.relative_bias import RelativeBias, check_buckets
 from keras_moe.layers.rotary import (
     check_scaling,
@@ -78,15 +78,16 @@ class Attention(keras.layers.Layer):
         input_features,
         index,
         bias=False,
-        share=1.0,
+        share=None,
     ):
+        initializer = fresh(self.kernel_initializer, index)
+        if share is not None:
+            initializer = fresh_share(self.kernel_initializer, share, index)
         layer = keras.layers.EinsumDense(
             equation,
             output_shape=(None, *output_shape),
             bias_axes=equation.split("->bt")[1] if bias else None,
-            kernel_initializer=fresh_projection(
-                self.kernel_initializer, input_features, output_shape, index, share
-            ),
+            kernel_initializer=initializer,
             dtype=self.dtype_policy,
             name=name,
         )
@@ -268,7 +269,7 @@ class GroupedHeads(Attention):
         heads = (self.num_query_heads, self.head_dim)
         key_value_heads = (self.num_key_value_heads, self.head_dim)
         # Where logits are not scaled down, queries begin smaller, as in T5.
-        share = 1.0 if self.scale is None else 1 / (self.scale**2 * self.head_dim)
+        share = None if self.scale is None else 1 / (self.scale**2 * self.head_dim)
         self.query = self._project("query", dim, heads, 0, share)
         self.key = self._project("key", dim, key_value_heads, 1)
         self.value = self._project("value", dim, key_value_heads, 2)
@@ -278,7 +279,7 @@ class GroupedHeads(Attention):
             self.query_norm = self._norm("query_norm", heads[first:])
             self.key_norm = self._norm("key_norm", key_value_heads[first:])
 
-    def _project(self, name, dim, heads, index, share=1.0):
+    def _project(self, name, dim, heads, index, share=None):
         bias = self.bias is not None
         return self._dense(
             name, "btd,dhk->bthk", heads, (dim,), index, bias=bias, share=share

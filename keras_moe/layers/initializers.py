@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import functools
-import math
 
 import keras
 from keras import ops
@@ -68,30 +67,13 @@ def fresh_per_expert(initializer, num_experts, index=0):
     return initializer
 
 
-def fresh_projection(initializer, inputs, outputs, index=0, share=1.0):
-    """`fresh` for a kernel `[*inputs, *outputs]`, by its number of input features.
-
-    Keras takes all axes but the last two for a receptive field, and counts heads
-    among the inputs of a kernel `[D, H, d]`.
-
-    Args:
-        initializer: as for `fresh`. Those that go by other than the inputs, such as
-            `"glorot_uniform"`, are left as they are.
-        inputs: tuple of int.
-        outputs: tuple of int.
-        index: int, as for `fresh`.
-        share: float: of the variance.
-    """
+def fresh_share(initializer, share, index=0):
+    """`fresh`, with a share of the variance where the weight's sizes decide on it."""
     initializer = fresh(initializer, index)
-    if (
-        not isinstance(initializer, keras.initializers.VarianceScaling)
-        or initializer.mode != "fan_in"
-    ):
+    if not isinstance(initializer, keras.initializers.VarianceScaling):
         return initializer
-    shape = (*inputs, *outputs)
-    counted = math.prod(shape[:-1])
     return keras.initializers.VarianceScaling(
-        scale=initializer.scale * share * counted / math.prod(inputs),
+        scale=initializer.scale * share,
         mode=initializer.mode,
         distribution=initializer.distribution,
         seed=initializer.seed,

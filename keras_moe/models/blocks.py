@@ -17,6 +17,7 @@ from keras_moe.layers import (
     RelativeBias,
 )
 from keras_moe.layers.initializers import fresh
+from keras_moe.layers.relative_bias import check_buckets
 from keras_moe.layers.transformer_block import normalization
 
 _MIXTURE_SETTINGS = (
@@ -90,6 +91,12 @@ def shared_bias(settings, dtype, name):
     """The relative bias that all blocks of a stack share, None without one."""
     if settings["positions"] != "relative_bias":
         return None
+    check_buckets(
+        settings["relative_buckets"],
+        settings["relative_max_distance"],
+        not settings["causal"],
+        names=("relative_buckets", "relative_max_distance"),
+    )
     stddev = settings["initializer_stddev"]
     if settings["initializer_scale"] is not None:
         stddev = settings["hidden_dim"] ** -0.5

@@ -353,6 +353,7 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         return super().from_preset(folder, **kwargs)
 
 
+@keras.saving.register_keras_serializable(package="keras_moe")
 class _MoESeq2SeqTokenizer(MoETokenizer):
     """How KerasHub, which looks for a tokenizer by its backbone, finds `MoETokenizer`.
 
