@@ -111,6 +111,11 @@ class MoESeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         decoder_sequence_length=None,
         sequence_length=None,
     ):
+        if sample_weight is not None:
+            raise ValueError(
+                "`sample_weight` must be None: weights are the target's padding mask. "
+                f"Received: sample_weight={sample_weight!r}"
+            )
         source, target = _pair(x, y)
         if target is None:
             raise ValueError(
@@ -196,20 +201,18 @@ class MoESeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         Args:
             x: a dict of `decoder_token_ids` and `decoder_padding_mask`.
         """
-        in_graph = self._use_tf_workflow()
-        return (self._text_in_graph if in_graph else self._text)(x)
+        if self._use_tf_workflow():
+            return self._text_in_graph(x)
+        mask = keras.ops.cast(x["decoder_padding_mask"], "bool")
+        return self._text(x, mask, strip_to_ragged_python)
 
     @preprocessing_function
     def _text_in_graph(self, x):
-        return self._text(x, strip_to_ragged)
+        return self._text(x, x["decoder_padding_mask"], strip_to_ragged)
 
-    def _text(self, x, strip=strip_to_ragged_python):
-        ids = strip(
-            x["decoder_token_ids"],
-            x["decoder_padding_mask"],
-            [*self.tokenizer.special_token_ids, self.tokenizer.pad_token_id],
-        )
-        return self.tokenizer.detokenize(ids)
+    def _text(self, x, mask, strip):
+        special = [*self.tokenizer.special_token_ids, self.tokenizer.pad_token_id]
+        return self.tokenizer.detokenize(strip(x["decoder_token_ids"], mask, special))
 
     def get_config(self):
         return {

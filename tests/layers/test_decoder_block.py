@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 from keras_moe.layers import (
+    CrossAttention,
     DecoderBlock,
     FeedForward,
     GroupedQueryAttention,
@@ -310,3 +311,92 @@ def test_recomputing_changes_nothing(kind, mode):
         np.testing.assert_allclose(a, b, atol=1e-5)
     for a, b in zip(state, expected_state, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+class TestWithASource:
+    """Cross-attention, and a dense block after the mixture."""
+
+    S = 4
+
+    def make(self, kind="mixture", **settings):
+        block, x = make(
+            kind,
+            cross_attention=CrossAttention(4, 2),
+            extra_feed_forward=FeedForward(5, "relu", gated=False),
+            **settings,
+        )
+        source = np.random.default_rng(9).normal(size=(2, self.S, DIM))
+        return block, x, source.astype("float32")
+
+    def expected(self, block, sequence, source):
+        x = np.asarray(sequence, "float64")
+        x = x + attentions.expected(block.attention, norm_of(block.attention_norm, x))
+        normed = norm_of(block.cross_attention_norm, x)
+        x = x + attentions.expected(block.cross_attention, normed, source=source)
+        normed = norm_of(block.feed_forward_norm, x)
+        weights = [to_numpy(v.value) for v in block.feed_forward.trainable_variables]
+        if block.is_mixture:
+            x = x + reference_of(block.feed_forward)(normed, *weights)
+        else:
+            named = attentions.named(block.feed_forward)
+            x = x + feed_forward(normed, named["up"], named["down"], named["gate"])
+        normed = norm_of(block.extra_feed_forward_norm, x)
+        named = attentions.named(block.extra_feed_forward)
+        return x + feed_forward(normed, named["up"], named["down"], activation="relu")
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_equals_its_parts(self, kind):
+        block, x, source = self.make(kind, norm="layer")
+        mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+        y = to_numpy(block(x, source=source, source_mask=mask))
+        for i, real in enumerate(mask):
+            wanted = self.expected(block, x[i], source[i][real])
+            np.testing.assert_allclose(y[i], wanted, atol=5e-5)
+
+    def test_cached_steps_equal_one_pass(self):
+        block, x, source = self.make()
+        own = tuple(ops.zeros((2, LENGTH, 2, 2)) for _ in range(2))
+        cache = own, block.cross_attention.project_source(source)
+        outputs = []
+        for t in range(LENGTH):
+            y, cache = block(x[:, t : t + 1], cache=cache, cache_index=t)
+            outputs.append(y)
+        y = to_numpy(ops.concatenate(outputs, axis=1))
+        for i in range(2):
+            wanted = self.expected(block, x[i], source[i])
+            np.testing.assert_allclose(y[i], wanted, atol=5e-5)
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_recomputing_changes_nothing(self, mode):
+        results = []
+        bias = np.random.default_rng(4).normal(size=(1, 4, LENGTH, LENGTH)).astype("f")
+        for recompute in (False, True):
+            keras.utils.set_random_seed(0)
+            block, x, source = self.make(recompute=recompute)
+            variables = block.trainable_variables
+
+            def function(x, source, bias, *weights, block=block, variables=variables):
+                mapping = zip(variables, weights, strict=True)
+                with keras.StatelessScope([*mapping]):
+                    return block(x, source=source, position_bias=bias, training=True)
+
+            weights = [to_numpy(v.value).astype("f") for v in variables]
+            dy = np.random.default_rng(2).normal(size=x.shape).astype("f")
+            inputs = (x, source, bias, *weights)
+            results.append(with_gradients(function, inputs, dy, mode))
+        (y, gradients), (y_again, gradients_again) = results
+        np.testing.assert_allclose(y, y_again, atol=1e-5)
+        for a, b in zip(gradients, gradients_again, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        # The source's and the bias's own gradients reach them.
+        assert all(np.abs(g).max() > 1e-3 for g in gradients[:3])
+
+    def test_config_round_trip(self, tmp_path):
+        block, x, source = self.make()
+        inputs = keras.Input((None, DIM)), keras.Input((None, DIM))
+        model = keras.Model(inputs, block(inputs[0], source=inputs[1]))
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(
+            to_numpy(loaded([x, source])), to_numpy(model([x, source]))
+        )

@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe.layers import Experts, MixtureOfExperts
 from tests.execution import (
     COMPILED,
+    MODES,
     as_function,
     numerical_gradients,
     with_gradients,
@@ -118,3 +119,70 @@ def test_a_saved_model(tmp_path):
     for shape in ((2, 5, DIM), (1, 1, DIM)):
         x = np.random.default_rng(0).normal(size=shape).astype("float32")
         np.testing.assert_allclose(loaded.serve(x), model(x), atol=1e-6)
+
+
+class TestDropout:
+    def test_changes_nothing_outside_training(self):
+        layer, x = make(dropout=0.5)
+        sizes = ops.convert_to_tensor(SIZES)
+        plain, _ = make()
+        np.testing.assert_allclose(
+            to_numpy(layer(x, sizes)), to_numpy(plain(x, sizes)), atol=1e-6
+        )
+
+    @pytest.mark.parametrize("gated", [True, False])
+    def test_drops_hidden_features(self, gated):
+        """One weight a hidden feature tells which were kept."""
+        hidden, rate = 300, 0.4
+        layer = Experts(4, hidden, "linear", gated=gated, dropout=rate)
+        layer.build((None, 1))
+        for variable in layer.trainable_variables:
+            variable.assign(np.ones(variable.shape))
+        down = np.random.default_rng(0).normal(size=(4, hidden, 1))
+        layer.down_kernel.assign(down)
+        x = np.ones((ROWS, 1), "float32")
+        drawn = to_numpy(layer(x, ops.convert_to_tensor(SIZES), training=True))
+        np.testing.assert_array_equal(drawn[8:], 0)
+        mean = np.repeat(down.sum(1), SIZES, axis=0)
+        spread = np.sqrt(rate / (1 - rate) * (down**2).sum(1))
+        distance = (drawn[:8] - mean) / np.repeat(spread, SIZES, axis=0)
+        assert np.abs(distance).max() < 4.5
+        assert distance.std() > 0.3
+        # Rows of one expert are dropped from apart.
+        assert len(np.unique(drawn[:8].round(5))) == 8
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_gradients_are_those_of_what_was_kept(self, mode):
+        layer, x = make(dropout=0.5)
+        weights = [to_numpy(v.value).astype("f") for v in layer.trainable_variables]
+        state = [v.value for v in layer.non_trainable_variables]
+
+        def function(x, *weights):
+            variables = layer.trainable_variables + layer.non_trainable_variables
+            mapping = zip(variables, [*weights, *state], strict=True)
+            with keras.StatelessScope(state_mapping=[*mapping]):
+                return layer(x, ops.convert_to_tensor(SIZES), training=True)
+
+        dy = np.random.default_rng(1).normal(size=x.shape).astype("float32")
+        keras.utils.set_random_seed(5)  # torch draws unseeded dropout by it alone
+        y, gradients = with_gradients(function, (x, *weights), dy, mode)
+        # Linear in the last kernel: its gradient gives back the output.
+        np.testing.assert_allclose(
+            np.sum(gradients[-1] * weights[-1]), np.sum(y * dy), rtol=1e-3
+        )
+        step = np.random.default_rng(2).normal(size=x.shape).astype("float32")
+        ends = []
+        for sign in (1, -1):
+            keras.utils.set_random_seed(5)
+            moved = ops.convert_to_tensor(x + sign * 1e-3 * step)
+            ends.append(np.sum(to_numpy(function(moved, *weights)) * dy))
+        slope = (ends[0] - ends[1]) / 2e-3
+        np.testing.assert_allclose(np.sum(gradients[0] * step), slope, rtol=2e-2)
+
+    def test_of_a_mixture(self):
+        layer = MixtureOfExperts(4, HIDDEN, expert_dropout=0.3, num_shared_experts=1)
+        assert layer.experts.dropout == layer.shared_experts.dropout == 0.3
+        copy = MixtureOfExperts.from_config(layer.get_config())
+        assert copy.experts.dropout == 0.3
+        with pytest.raises(ValueError, match="`expert_dropout`.*1"):
+            MixtureOfExperts(4, HIDDEN, expert_dropout=1)

@@ -67,3 +67,19 @@ def test_config_round_trip(tmp_path):
     assert loaded.layers[-1].get_config() == layer.get_config()
     x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
     np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+
+
+def test_dropout_of_hidden_features():
+    layer = FeedForward(400, "linear", gated=False, dropout=0.25)
+    layer.build((None, 3))
+    layer.up.kernel.assign(np.ones((3, 400)))
+    layer.down.kernel.assign(np.full((400, 3), 1 / 400))
+    x = np.ones((50, 3), "float32")
+    # The mean of kept features, each scaled by 4 / 3.
+    np.testing.assert_allclose(to_numpy(layer(x)), 3.0, rtol=1e-5)
+    y = to_numpy(layer(x, training=True))[:, 0] / 3
+    spread = np.sqrt(0.25 / 0.75 / 400)
+    assert abs(y.mean() - 1) < 5 * spread / np.sqrt(50)
+    assert 0.5 * spread < y.std() < 2 * spread
+    with pytest.raises(ValueError, match="`dropout`.*1.5"):
+        FeedForward(4, dropout=1.5)

@@ -9,7 +9,7 @@ from keras_moe.layers import (
     GroupedQueryAttention,
     MixtureOfExperts,
 )
-from keras_moe.layers.initializers import fresh, fresh_per_expert
+from keras_moe.layers.initializers import fresh, fresh_per_expert, fresh_share
 
 SHAPE = (16, 40, 24)  # E, fan in, fan out
 
@@ -124,3 +124,24 @@ def test_a_seed_repeats_the_weights(make):
     )
     for a, b in zip(first, second, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_share_of_the_variance():
+    for name in ("lecun_normal", keras.initializers.VarianceScaling(1.0)):
+        values = ops.convert_to_numpy(fresh_share(name, 0.25)((64, 64)))
+        np.testing.assert_allclose(values.var(), 0.25 / 64, rtol=0.1)
+    values = ops.convert_to_numpy(
+        fresh_share(keras.initializers.RandomNormal(stddev=0.3), 0.25)((64, 64))
+    )
+    np.testing.assert_allclose(values.std(), 0.3, rtol=0.1)
+
+
+def test_queries_begin_smaller_where_logits_are_not_scaled():
+    deviations = []
+    for scale in (None, 1.0):
+        layer = GroupedQueryAttention(
+            8, head_dim=16, scale=scale, kernel_initializer="lecun_normal"
+        )
+        layer.build((None, None, 64))
+        deviations.append(ops.convert_to_numpy(layer.query.kernel).std())
+    np.testing.assert_allclose(deviations[0] / deviations[1], 4.0, rtol=0.1)

@@ -86,3 +86,36 @@ def test_config_round_trip():
     bias = layer(ops.arange(3), ops.arange(5))
     assert tuple(bias.shape) == (1, 4, 3, 5)
     assert keras.backend.standardize_dtype(bias.dtype) == "bfloat16"
+
+
+@pytest.mark.parametrize("num_buckets, max_distance", [(32, 128), (8, 20), (4, 5)])
+def test_both_directions_as_in_transformers_t5(num_buckets, max_distance):
+    import torch
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    layer = RelativeBias(1, num_buckets, max_distance, bidirectional=True)
+    layer.build(None)
+    layer.embeddings.assign(np.arange(num_buckets)[:, None])
+    distance = np.arange(-3 * max_distance, 3 * max_distance)
+    got = layer(ops.convert_to_tensor(distance, "int32"), ops.zeros((1,), "int32"))
+    theirs = T5Attention._relative_position_bucket(
+        torch.tensor(-distance), True, num_buckets, max_distance
+    )
+    np.testing.assert_array_equal(to_numpy(got)[0, 0, :, 0], theirs.numpy())
+
+
+def test_of_a_sequence_to_itself():
+    layer = RelativeBias(2, 8, 20, bidirectional=True)
+    x = np.zeros((3, 7, 5), "float32")
+    index = ops.arange(7, dtype="int32")
+    np.testing.assert_array_equal(to_numpy(layer(x)), to_numpy(layer(index, index)))
+    symbolic = layer(keras.Input((None, 5)))
+    assert tuple(symbolic.shape) == (1, 2, None, None)
+
+
+def test_odd_buckets_serve_one_direction():
+    RelativeBias(2, 7, 20)
+    with pytest.raises(ValueError, match="`num_buckets` must be even.*7"):
+        RelativeBias(2, 7, 20, bidirectional=True)
+    with pytest.raises(ValueError, match="`max_distance`.*at least 5.*4"):
+        RelativeBias(2, 16, 4, bidirectional=True)

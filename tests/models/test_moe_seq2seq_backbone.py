@@ -399,9 +399,9 @@ def test_decoders_take_the_new_settings_too():
     assert plan.total_parameters == backbone.count_params()
 
 
-@pytest.mark.parametrize("overrides", VARIANTS.values(), ids=VARIANTS)
-def test_saving(overrides, tmp_path):
-    backbone = small_seq2seq_backbone(**overrides)
+@pytest.mark.parametrize("variant", ["switch", "st_moe", "separate"])
+def test_saving(variant, tmp_path):
+    backbone = small_seq2seq_backbone(**VARIANTS[variant])
     expected = states(backbone, inputs())
     backbone.save_to_preset(str(tmp_path / "preset"))
     loaded = MoESeq2SeqBackbone.from_preset(str(tmp_path / "preset"))
