@@ -19,6 +19,7 @@ _SMALL_FILES = (
     "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
+    "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",

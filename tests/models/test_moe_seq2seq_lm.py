@@ -14,6 +14,7 @@ from tests.models.small_models import (
     small_seq2seq_lm,
     source_and_target,
 )
+from tests.models.test_moe_tokenizer import run_python
 
 SOURCES = [random_ids(5, seed=1), random_ids(7, seed=2), random_ids(2, seed=3)]
 BEGUN = [random_ids(2, seed=4), random_ids(3, seed=5), random_ids(1, seed=6)]
@@ -300,3 +301,25 @@ def test_saving_in_every_format(tmp_path):
         assert type(cls.from_preset(folder)) is MoETokenizer
     for cls in (keras_hub.models.Seq2SeqLMPreprocessor, MoESeq2SeqLMPreprocessor):
         assert type(cls.from_preset(folder)) is MoESeq2SeqLMPreprocessor
+
+
+def test_tensorflow_is_not_needed(tmp_path):
+    seq2seq_lm = small_seq2seq_lm(preprocessor(), vocabulary_size=30)
+    seq2seq_lm.save_to_preset(str(tmp_path))
+    seq2seq_lm.compile(sampler="greedy")
+    expected = seq2seq_lm.generate(TEXTS["encoder_text"], max_length=6)
+    backend = keras.config.backend()
+    done = run_python(
+        f"""
+import sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_text"] = None
+from keras_moe.models import MoESeq2SeqLM
+seq2seq_lm = MoESeq2SeqLM.from_preset({str(tmp_path)!r})
+seq2seq_lm.compile(sampler="greedy")
+print(seq2seq_lm.generate({TEXTS["encoder_text"]!r}, max_length=6))
+seq2seq_lm.fit({TEXTS!r}, batch_size=2, verbose=0)
+""",
+        KERAS_BACKEND="jax" if backend == "tensorflow" else backend,
+    )
+    assert done.stdout == f"{expected}\n", done.stderr
+    assert done.returncode == 0, done.stderr
