@@ -233,12 +233,8 @@ def write_tokenizer(folder, preprocessor):
     saved = folder / tokenizer.file_assets[0]
     if saved.name == BYTE_PAIR:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    elif has_source and tokenizer.extra_ids:
-        saved.rename(folder / T5_SENTENCEPIECE)
-        config["tokenizer_class"] = "T5Tokenizer"
-        config["extra_ids"] = tokenizer.extra_ids
     else:
-        _write_sentencepiece(folder, saved.rename(folder / SENTENCEPIECE), config)
+        _write_sentencepiece(folder, saved, config, tokenizer.extra_ids, has_source)
     if (folder / BYTE_PAIR).is_file():
         _set_start_token(folder, tokenizer.start_token, adds_start)
         if has_source:
@@ -258,12 +254,23 @@ def write_tokenizer(folder, preprocessor):
     return ids
 
 
-def _write_sentencepiece(folder, path, config):
+def _write_sentencepiece(folder, saved, config, extra_ids, has_source):
     """Adds the file that Transformers reads alike, where there is one."""
     # Transformers 5 reads a model of SentencePiece as if no space came first.
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(saved))
     byte_pair = to_byte_pair(model)
+    if byte_pair is None and has_source:
+        if not any(model.is_byte(i) for i in range(model.vocab_size())):
+            saved.rename(folder / T5_SENTENCEPIECE)
+            config["tokenizer_class"] = "T5Tokenizer"
+            config["extra_ids"] = extra_ids
+            return
+    path = saved.rename(folder / SENTENCEPIECE)
     if byte_pair is not None:
+        sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
+        byte_pair.add_special_tokens(
+            [tokenizers.AddedToken(name, normalized=False) for name in sentinels]
+        )
         byte_pair.save(str(folder / BYTE_PAIR))
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         return

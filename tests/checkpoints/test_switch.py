@@ -326,6 +326,7 @@ def test_what_transformers_does_not_compute_is_refused(overrides, named, tmp_pat
         ("is_gated_act", True),
         ("dense_act_fn", "gated-gelu"),
         ("num_experts", 0),
+        ("batch_prioritized_routing", True),
         ("encoder_sparse_step", -1),
     ],
 )
@@ -335,6 +336,26 @@ def test_keys_that_are_not_implemented_are_refused(key, value, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(ValueError, match=key):
         MoESeq2SeqBackbone.from_preset(str(tmp_path))
+
+
+def test_configurations_of_older_releases(tmp_path, recwarn):
+    theirs = make_model()
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "feed_forward_proj": "relu",
+        "is_gated_act": False,
+        "n_positions": 512,
+        "output_past": True,
+        "router_type": "tokens_masked",
+        "batch_prioritized_routing": False,
+    }
+    for name in ("dtype", "add_cross_attention", "is_decoder", "tie_word_embeddings"):
+        del config[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = MoESeq2SeqLM.from_preset(str(tmp_path))
+    assert not [w for w in recwarn if "not known" in str(w.message)]
+    assert_close(ours_on(ours, batch())[1], theirs_on(theirs, batch()).logits.numpy())
 
 
 def test_the_wrong_class_is_named(tmp_path):

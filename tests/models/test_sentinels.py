@@ -15,6 +15,7 @@ from keras_moe.models import (
     MoESeq2SeqLMPreprocessor,
     MoETokenizer,
 )
+from presets.tiny_tokenizers import train_sentencepiece
 from tests.models.small_models import small_seq2seq_lm
 
 TEXTS = [
@@ -96,25 +97,32 @@ def test_saved_with_the_tokenizer(tokenizer, tmp_path):
     assert copy(TEXTS) == tokenizer(TEXTS)
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizer_json"])
+@pytest.mark.parametrize("kind", ["unigrams", "byte_pairs", "tokenizer_json"])
 def test_through_a_checkpoint(kind, tokenizer, theirs, tmp_path):
     if kind == "tokenizer_json":
         json = theirs.backend_tokenizer.to_str()
         tokenizer = MoETokenizer(tokenizer_json=json, start_token=None)
+    elif kind == "byte_pairs":
+        text = pathlib.Path(argparse.__file__).read_text()
+        proto = train_sentencepiece([text], vocabulary_size=400)
+        tokenizer = MoETokenizer(proto=proto, extra_ids=5)
     preprocessor = MoESeq2SeqLMPreprocessor(
         tokenizer, encoder_sequence_length=20, decoder_sequence_length=10
     )
-    seq2seq_lm = small_seq2seq_lm(preprocessor, vocabulary_size=320, dense_dim=24)
+    seq2seq_lm = small_seq2seq_lm(preprocessor, vocabulary_size=420, dense_dim=24)
     folder = tmp_path / "exported"
     seq2seq_lm.export_to_transformers(folder)
     exported = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder)
-    assert model.config.decoder_start_token_id == 0
-    assert (model.config.eos_token_id, model.config.pad_token_id) == (1, 0)
+    start = tokenizer.start_token_id
+    start = tokenizer.pad_token_id if start is None else start
+    assert model.config.decoder_start_token_id == start
+    assert model.config.eos_token_id == tokenizer.end_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
     texts = [text for text in TEXTS if text]
     # With the end token, as the preprocessor packs a source.
     ids = exported(texts).input_ids
-    assert ids == [[*row, 1] for row in tokenizer(texts)]
+    assert ids == [[*row, tokenizer.end_token_id] for row in tokenizer(texts)]
     again = MoESeq2SeqLM.from_preset(str(folder))
     assert again.preprocessor.tokenizer(TEXTS) == tokenizer(TEXTS)
     for source in texts[:2]:
@@ -122,6 +130,6 @@ def test_through_a_checkpoint(kind, tokenizer, theirs, tmp_path):
         expected = model.generate(**batch, max_length=10, do_sample=False)
         again.compile(sampler="greedy")
         found = again.generate(source, max_length=10)
-        special = [0, 1]
+        special = [0, *tokenizer.special_token_ids]
         ids = [i for i in expected[0].tolist() if i not in special]
         assert found == again.preprocessor.tokenizer.detokenize(ids)

@@ -33,12 +33,15 @@ def _settings(read):
         "dropout_rate",
         "initializer_factor",
         "n_positions",
+        "output_past",
         "router_ignore_padding_tokens",
         "router_z_loss_coef",
         "add_cross_attention",
     )
     read.only("is_gated_act", False)
     read.only("router_bias", False)
+    read.only("router_type", "tokens_masked")
+    read.only("batch_prioritized_routing", False)
     read.only("router_dtype", "float32")
     activation = read.activation("dense_act_fn", "relu")
     read.only("feed_forward_proj", read.get("dense_act_fn", "relu"))
