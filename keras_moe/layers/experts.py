@@ -96,6 +96,9 @@ class Experts(keras.layers.Layer):
             initializer=fresh_per_expert(
                 self.kernel_initializer, self.num_experts, index
             ),
+            # Under a mixed dtype policy all experts would be cast at each read; the
+            # products cast those that they take.
+            autocast=False,
         )
 
     def call(self, inputs, group_sizes, training=None):
