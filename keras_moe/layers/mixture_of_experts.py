@@ -34,6 +34,7 @@ _ROUTER_DEFAULTS = {
     "top_k_groups": 1,
     "group_scores": "top_2",
     "gate_scale": 1.0,
+    "second_choice_threshold": None,
     "seed": None,
 }
 
@@ -110,7 +111,8 @@ class MixtureOfExperts(keras.layers.Layer):
         shared_expert_gate: bool: what the shared experts give is multiplied by
             `sigmoid(x w)`, `w` a weight `[D]` (Qwen1.5-MoE).
         selection_bias: see `TopKRouter`, as for `top_k_groups`, `group_scores`,
-            `gate_scale`, and `expert_groups`, its `groups`.
+            `gate_scale`, `second_choice_threshold`, and `expert_groups`, its
+            `groups`.
         bias_update_rate: float: in training, how far the selection bias moves at
             each step (see `TopKRouter.balance`).
         expert_dropout: float in `[0, 1)`, of the hidden features of experts and
@@ -118,7 +120,7 @@ class MixtureOfExperts(keras.layers.Layer):
         route_padding: bool: padding is routed as any token is, and so takes
             experts and capacity and counts in losses and load, as in Transformers'
             Switch.
-        seed: int or None, of the router's jitter.
+        seed: int or None, of what the router draws.
         **kwargs: `name`, `trainable`, `dtype`. The router computes in float32
             whatever the policy.
 
@@ -175,6 +177,7 @@ class MixtureOfExperts(keras.layers.Layer):
         top_k_groups=1,
         group_scores="top_2",
         gate_scale=1.0,
+        second_choice_threshold=None,
         bias_update_rate=0.0,
         shared_expert_dim=None,
         shared_expert_gate=False,
@@ -224,6 +227,7 @@ class MixtureOfExperts(keras.layers.Layer):
             "top_k_groups": top_k_groups,
             "group_scores": group_scores,
             "gate_scale": gate_scale,
+            "second_choice_threshold": second_choice_threshold,
             "seed": seed,
         }
         self._router_name = router if isinstance(router, str) else None
@@ -334,6 +338,7 @@ class MixtureOfExperts(keras.layers.Layer):
             top_k_groups=settings["top_k_groups"],
             group_scores=settings["group_scores"],
             gate_scale=settings["gate_scale"],
+            second_choice_threshold=settings["second_choice_threshold"],
             seed=settings["seed"],
             kernel_initializer=fresh(self.kernel_initializer, 6),
             name="router",

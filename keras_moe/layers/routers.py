@@ -24,7 +24,8 @@ class Routing(NamedTuple):
     Attributes:
         expert_ids: int32 tensor `[T, K]`. The experts of each token, best first.
             `E`, one past the last expert, means none: a padding token has it in
-            every place, and dispatch adds it where capacity is exceeded.
+            every place, a token with fewer experts in some, and dispatch adds it
+            where capacity is exceeded.
         gates: float32 tensor `[T, K]`, zero where `expert_ids` is `E`.
         probabilities: float32 tensor `[T, E]`: the scores of all experts,
             normalised to sum to one.
@@ -124,6 +125,17 @@ class TopKRouter(Router):
     [DeepSeek-V3, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2, eq. 16,
     where it is the sum of its two best). Gates are multiplied by `gate_scale` at last.
 
+    With a `second_choice_threshold` `t`, each choice after the first is left to
+    chance in training: it stands with probability `min(1, g / t)`, `g` being its gate
+    before `gate_scale`. One that does not stand is *none*, as if the token had not
+    made it: it takes no capacity, counts in no load and is not counted as dropped.
+    The other gates stay as they are, and no gradient passes through the draw. `t =
+    0.5` is GShard's random second expert (algorithm 1, line 19: `2 g > rnd`). Outside
+    training every choice stands: the paper leaves it open, and so a token's output
+    does not depend on chance. Where the printed algorithm counts a place for a choice
+    that was not made (line 22), this follows the paper's text (section 2.2, "conserve
+    the overall expert capacity") and its authors' code, which free it.
+
     Args:
         num_experts: int, E.
         top_k: int, K, between 1 and `num_experts`.
@@ -135,7 +147,10 @@ class TopKRouter(Router):
         jitter: float, at least 0 and below 1. In training the router sees the
             tokens times noise drawn from `uniform(1 - jitter, 1 + jitter)`
             (Switch, section 2.4). The experts see them unchanged.
-        seed: int or None, of the jitter.
+        second_choice_threshold: float above 0, at most 1, or None: the gate from which
+            on a second (third, ...) choice always stands in training. None keeps all;
+            otherwise `top_k` must be 2 or more.
+        seed: int or None, of the jitter and the draws.
         kernel_initializer: initializer of the `[D, E]` weights.
         selection_bias: bool: the weight `selection_bias` `[E]`, zero at first, which
             no gradient reaches; `balance` moves it.
@@ -148,7 +163,7 @@ class TopKRouter(Router):
     Call arguments:
         inputs: float tensor `[T, D]`.
         mask: bool tensor `[T]`, False for padding, or None.
-        training: bool, whether jitter applies.
+        training: bool, whether jitter and `second_choice_threshold` apply.
 
     Returns:
         A `Routing`, in float32.
@@ -180,6 +195,7 @@ class TopKRouter(Router):
         top_k_groups=1,
         group_scores="top_2",
         gate_scale=1.0,
+        second_choice_threshold=None,
         **kwargs,
     ):
         super().__init__(
@@ -199,9 +215,11 @@ class TopKRouter(Router):
         self.scores = scores
         self.normalize_gates = normalize_gates
         self.gates_from = gates_from
+        _check_second_choice(second_choice_threshold, top_k)
         self.jitter = jitter
+        self.second_choice_threshold = second_choice_threshold
         self.seed = seed
-        if jitter:
+        if jitter or second_choice_threshold is not None:
             self.seed_generator = keras.random.SeedGenerator(seed)
 
     def build(self, input_shape):
@@ -232,6 +250,10 @@ class TopKRouter(Router):
             gates = self._score(ops.take_along_axis(logits, expert_ids, axis=-1))
         if self._normalizes_gates():
             gates = _normalize(gates)
+        if self.second_choice_threshold is not None and training:
+            stands = self._draw(gates)
+            expert_ids = ops.where(stands, expert_ids, self.num_experts)
+            gates = ops.where(stands, gates, 0.0)
         if self.gate_scale != 1.0:
             gates = gates * self.gate_scale
         probabilities = scores if self.scores == "softmax" else _normalize(scores)
@@ -258,6 +280,15 @@ class TopKRouter(Router):
         )
         groups = ops.where(allowed[:, :, None], groups, -np.inf)
         return ops.reshape(groups, (-1, self.num_experts))
+
+    def _draw(self, gates):
+        """Which choices stand, bool `[T, K]`: the first ones always."""
+        first, later = gates[:, :1], gates[:, 1:]
+        drawn = keras.random.uniform(
+            ops.shape(later), dtype="float32", seed=self.seed_generator
+        )
+        stands = self.second_choice_threshold * drawn < later
+        return ops.concatenate([ops.ones_like(first, dtype="bool"), stands], axis=1)
 
     def balance(self, load, rate):
         """Moves the selection bias against the load, by `rate` an expert.
@@ -295,6 +326,7 @@ class TopKRouter(Router):
             "top_k_groups": self.top_k_groups,
             "group_scores": self.group_scores,
             "gate_scale": self.gate_scale,
+            "second_choice_threshold": self.second_choice_threshold,
         }
 
 
@@ -313,6 +345,17 @@ def _check_groups(num_experts, top_k, groups, top_k_groups, group_scores):
         raise ValueError(
             '`group_scores="top_2"` needs groups of 2 experts or more. '
             f"Received: groups={groups}, num_experts={num_experts}"
+        )
+
+
+def _check_second_choice(threshold, top_k):
+    if threshold is None:
+        return
+    checks.positive("second_choice_threshold", threshold)
+    if threshold > 1 or top_k < 2:
+        raise ValueError(
+            "`second_choice_threshold` must be at most 1, with a `top_k` of 2 or more. "
+            f"Received: second_choice_threshold={threshold}, top_k={top_k}"
         )
 
 

@@ -20,7 +20,7 @@ class RoutingStatistics(NamedTuple):
     Attributes:
         tokens: scalar, T.
         assignments: `[E]`: the choices that fell on each expert, before any was
-            given up for capacity.
+            given up for capacity. What a router left out is no choice.
         first_choices: `[E]`: the first choices alone.
         probabilities: `[E]`: the sum of each expert's score.
         squared_log_partition: scalar: the sum of `logsumexp(h)**2`.
@@ -94,7 +94,8 @@ def balance_loss(statistics, choices="all"):
     ([Dai et al., 2024](https://arxiv.org/abs/2401.06066), eq. 12-14) for any K;
     with `choices="first"` GShard, which counts first choices only
     ([Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1; its
-    loss is this one divided by `E**2`). Gradients flow through `P` alone.
+    loss is this one divided by `E**2`, of each group of tokens apart, where this
+    takes all tokens of a call together). Gradients flow through `P` alone.
 
     Args:
         statistics: a `RoutingStatistics`.

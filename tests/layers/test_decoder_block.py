@@ -270,13 +270,18 @@ def test_symbolic_calls():
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_recomputing_changes_nothing(kind, mode):
-    # Dropout and jitter draw from seeds, which must advance once.
+    # Dropout, jitter and the router's choices draw from seeds, which must advance
+    # once.
     def run(recompute):
         keras.utils.set_random_seed(0)
         feed_forward = FeedForward(6)
         if kind == "mixture":
             feed_forward = mixture(
-                router_jitter=0.3, balance_loss=0.1, z_loss=0.1, seed=1
+                router_jitter=0.3,
+                second_choice_threshold=0.5,
+                balance_loss=0.1,
+                z_loss=0.1,
+                seed=1,
             )
         block, x = make(
             feed_forward=feed_forward,

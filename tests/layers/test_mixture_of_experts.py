@@ -391,6 +391,7 @@ class TestRouterInstance:
             dict(normalize_gates=False),
             dict(gates_from="top_k"),
             dict(router_jitter=0.1),
+            dict(second_choice_threshold=0.5),
             dict(seed=3),
         ],
         ids=str,
@@ -439,6 +440,7 @@ class TestRouterInstance:
         (dict(scores="relu"), "`scores`.*scores='relu'"),
         (dict(gates_from="none"), "`gates_from`.*gates_from='none'"),
         (dict(router_jitter=1.5), "`router_jitter`.*router_jitter=1.5"),
+        (dict(second_choice_threshold=2), "`second_choice_threshold` must.*=2, top_k"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -463,6 +465,7 @@ FULL = dict(
     normalize_gates=False,
     gates_from="top_k",
     router_jitter=0.1,
+    second_choice_threshold=0.3,
     kernel_initializer="he_normal",
     seed=3,
     name="mine",
@@ -668,6 +671,91 @@ class TestGatedSharedExpert:
     def test_without_a_shared_expert(self, setting):
         with pytest.raises(ValueError, match="need shared experts"):
             MixtureOfExperts(EXPERTS, HIDDEN, **setting)
+
+
+class TestRandomSecondChoice:
+    """GShard in training: random second choices and a capacity in groups."""
+
+    SETTINGS = dict(
+        top_k=2,
+        gated=False,
+        activation="relu",
+        second_choice_threshold=0.5,
+        dispatch="capacity",
+        capacity=1,
+        capacity_group=4,
+        balance_loss=0.1,
+        balance_choices="first",
+    )
+
+    def make(self, **settings):
+        layer, x = make(SHAPE, **{**self.SETTINGS, **settings})
+        tokens = x.reshape(-1, DIM)
+        router, up, down = (
+            to_numpy(v.value)
+            for v in (
+                layer.router.kernel,
+                layer.experts.up_kernel,
+                layer.experts.down_kernel,
+            )
+        )
+        seed = keras.random.SeedGenerator(0)
+        seed.state.assign(layer.router.seed_generator.state)
+        draws = to_numpy(keras.random.uniform((12, 1), seed=seed))[:, 0]
+        capacity = layer.capacity or len(tokens)
+        group = layer.capacity_group if layer.capacity else len(tokens)
+        combine = np.concatenate(
+            [
+                reference.gshard(part, router, capacity, draws[i : i + group])
+                for i in range(0, 12, group)
+                for part in [tokens[i : i + group]]
+            ]
+        )
+        gates = reference.route(tokens, router, 2).gates
+        standing = 12 + (2 * gates[:, 1] > draws).sum()
+        assert 12 < standing < 24
+        ids = np.tile(np.arange(EXPERTS), (12, 1))
+        y = reference.mixture(tokens, dict(up=up, down=down), ids, combine, "relu")
+        return layer, x, y.reshape(SHAPE), combine, standing
+
+    def test_outputs_and_load(self):
+        layer, x, expected, combine, standing = self.make()
+        y = to_numpy(layer(x, training=True))
+        np.testing.assert_allclose(y, expected, atol=2e-5)
+        # What was left out by chance was not dropped: it was no choice.
+        dropped = 1 - (combine > 0).sum() / standing
+        assert dropped > 0
+        np.testing.assert_allclose(float(layer.dropped_fraction), dropped, atol=1e-6)
+        routing, _ = reference_of(layer).statistics(x, *weights_of(layer))
+        loss = 0.1 * EXPERTS**2 * reference.gshard_loss(routing)
+        np.testing.assert_allclose(float(layer.losses[0]), loss, rtol=1e-5)
+
+    def test_dropless(self):
+        layer, x, expected, combine, standing = self.make(
+            dispatch="dropless", capacity=None
+        )
+        np.testing.assert_allclose(
+            to_numpy(layer(x, training=True)), expected, atol=2e-5
+        )
+        load = (combine > 0).sum(axis=0) / standing
+        np.testing.assert_allclose(to_numpy(layer.expert_load.value), load, atol=1e-6)
+        assert float(layer.dropped_fraction) == 0
+
+    def test_fit_draws_anew_at_each_step(self):
+        layer, x = make(SHAPE, **{**self.SETTINGS, "capacity": 12})
+        inputs = keras.Input(SHAPE[1:])
+        model = keras.Model(inputs, layer(inputs))
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+        loads, losses = [], []
+        for _ in range(4):
+            losses += model.fit(x, 0 * x, verbose=0).history["loss"]
+            loads.append(to_numpy(layer.expert_load.value))
+        assert len(np.unique(np.round(losses, 6))) == 4
+        assert np.std(loads, axis=0).max() > 0
+        # Evaluation takes all second choices, and is the same each time.
+        evaluated = {model.evaluate(x, 0 * x, verbose=0) for _ in range(2)}
+        expected = np.mean(reference_of(layer)(x, *weights_of(layer)) ** 2)
+        np.testing.assert_allclose(list(evaluated), [expected], rtol=1e-4)
 
 
 class TestBalancingWithoutALoss:

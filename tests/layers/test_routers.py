@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_moe.dispatch import limit_capacity
 from keras_moe.layers import Router, Routing, TopKRouter
 from tests.execution import (
     MODES,
@@ -266,6 +267,152 @@ class TestJitter:
         assert np.abs(other - noises[0]).max() > 0.01
 
 
+class TestSecondChoiceThreshold:
+    """GShard's random second expert."""
+
+    def draws(self, seed, top_k, mode="eager"):
+        """What the router draws at its first call."""
+        generator = keras.random.SeedGenerator(seed)
+
+        def draw():  # TensorFlow's XLA has numbers of its own
+            with keras.StatelessScope():
+                return keras.random.uniform((TOKENS, top_k - 1), seed=generator)
+
+        return to_numpy(in_mode(draw, mode)())
+
+    def expected(self, x, kernel, settings, threshold, mask=None, mode="eager"):
+        """A routing whose later choices stand where a draw is below `g / t`."""
+        routing = expected_of(x, kernel, settings, mask)
+        gates = routing.gates
+        drawn = self.draws(3, settings["top_k"], mode)
+        stands = np.c_[np.full(TOKENS, True), gates[:, 1:] / threshold > drawn]
+        assert 0 < stands[:, 1:].mean() < 1
+        return routing._replace(
+            ids=np.where(stands, routing.ids, EXPERTS), gates=np.where(stands, gates, 0)
+        )
+
+    @pytest.mark.parametrize("mode", MODES)
+    @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+    @pytest.mark.parametrize("threshold", [0.5, 0.8])
+    def test_is_algorithm_1_of_gshard(self, threshold, masked, mode):
+        """With the capacity of each group, as combine weights."""
+        router, x, kernel = make(top_k=2, second_choice_threshold=threshold, seed=3)
+        mask = np.arange(TOKENS) % 3 != 1 if masked else None
+        group, capacity = 4, 1
+
+        def limited(x):
+            with keras.StatelessScope():  # the state of the seed stays as it is
+                routing = router(x, mask=mask, training=True)
+            return limit_capacity(routing, capacity, group, EXPERTS)
+
+        routing = to_numpy(in_mode(limited, mode)(ops.convert_to_tensor(x)))
+        chosen = np.eye(EXPERTS + 1)[routing.expert_ids][..., :EXPERTS]
+        got = (routing.gates[..., None] * chosen).sum(axis=1)
+        draws = self.draws(3, 2, mode)[:, 0]
+        expected, other = (
+            np.concatenate(
+                [
+                    reference.gshard(
+                        x[i : i + group],
+                        kernel,
+                        capacity,
+                        d[i : i + group],
+                        threshold,
+                        None if mask is None else mask[i : i + group],
+                    )
+                    for i in range(0, TOKENS, group)
+                ]
+            )
+            for d in (draws, np.zeros(TOKENS))
+        )
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+        assert ((expected == 0) & (other > 0)).any()  # some were left out
+
+    @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+    @pytest.mark.parametrize(
+        "settings, threshold",
+        [
+            (dict(top_k=2), 0.5),
+            (dict(top_k=3), 0.3),
+            (dict(top_k=2, normalize_gates=False), 0.5),
+            (dict(top_k=2, scores="sigmoid"), 1.0),
+        ],
+        ids=str,
+    )
+    def test_leaves_out_later_choices(self, settings, threshold, masked):
+        router, x, kernel = make(
+            **settings, second_choice_threshold=threshold, seed=3, gate_scale=1.0
+        )
+        mask = np.arange(TOKENS) % 3 != 1 if masked else None
+        expected = self.expected(x, kernel, settings, threshold, mask)
+        check(router(x, mask=mask, training=True), expected)
+
+    def test_gates_are_compared_before_they_are_scaled(self):
+        settings = dict(top_k=2)
+        router, x, kernel = make(
+            **settings, second_choice_threshold=0.5, seed=3, gate_scale=4.0
+        )
+        expected = self.expected(x, kernel, settings, 0.5)
+        check(router(x, training=True), expected._replace(gates=4 * expected.gates))
+
+    def test_how_often_a_choice_stands(self):
+        """`min(1, g / t)` of many draws, within five standard deviations."""
+        gates = np.array([0.6, 0.28, 0.12])
+        router = TopKRouter(3, top_k=3, second_choice_threshold=0.25, seed=1)
+        router.build((None, 3))
+        router.kernel.assign(np.diag(np.log(gates)))
+        count = 4000
+        first, second = (
+            to_numpy(router(np.ones((count, 3), "float32"), training=True).gates) > 0
+            for _ in range(2)
+        )
+        share, p = first.mean(axis=0), gates[2] / 0.25
+        assert share[0] == share[1] == 1
+        assert abs(share[2] - p) < 5 * np.sqrt(p * (1 - p) / count)
+        # Anew at each call: two draws agree as often as independent ones do.
+        agree, q = (first[:, 2] == second[:, 2]).mean(), p**2 + (1 - p) ** 2
+        assert abs(agree - q) < 5 * np.sqrt(q * (1 - q) / count)
+
+    @pytest.mark.parametrize("training", [False, None])
+    def test_every_choice_stands_outside_training(self, training):
+        router, x, kernel = make(top_k=3, second_choice_threshold=1.0)
+        routing = router(x, training=training)
+        check(routing, expected_of(x, kernel, dict(top_k=3)))
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_gradients(self, mode):
+        """The gates that stand teach as if all did; the draw teaches nothing."""
+        settings = dict(top_k=3)
+        router, x, kernel = make(**settings, second_choice_threshold=0.5, seed=3)
+        layer = as_function(router, training=True)
+
+        def gates(x, kernel):
+            return layer(x, kernel).gates
+
+        stands = self.expected(x, kernel, settings, 0.5, mode=mode).ids < EXPERTS
+
+        def expected(x, kernel):
+            return np.where(stands, expected_of(x, kernel, settings).gates, 0)
+
+        cotangent = np.random.default_rng(1).normal(size=(TOKENS, 3)).astype("f")
+        got, gradients = with_gradients(gates, (x, kernel), cotangent, mode)
+        np.testing.assert_allclose(got, expected(x, kernel), atol=1e-6)
+        differences = numerical_gradients(expected, (x, kernel), cotangent)
+        for a, b in zip(gradients, differences, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+
+    def test_jitter_and_draws_from_one_seed(self):
+        first, second = (
+            to_numpy(router(x, training=True))
+            for router, x, _ in (
+                make(top_k=2, jitter=0.2, second_choice_threshold=0.5, seed=7)
+                for _ in range(2)
+            )
+        )
+        for a, b in zip(first, second, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
 class TestTransformers:
     """The routers of published implementations, with the same weights."""
 
@@ -326,6 +473,10 @@ class TestTransformers:
         (dict(jitter=1.0), "`jitter` must be.*Received: jitter=1.0"),
         (dict(jitter=-0.1), "`jitter` must be.*Received: jitter=-0.1"),
         (dict(jitter=float("nan")), "`jitter` must be.*Received: jitter=nan"),
+        (dict(second_choice_threshold=0), "`second_choice_threshold`.*positive.*=0"),
+        (dict(second_choice_threshold=1.5), "must be at most 1.*threshold=1.5, top_k"),
+        (dict(second_choice_threshold="random"), "`second_choice_thr.*='random'"),
+        (dict(second_choice_threshold=0.5, top_k=1), "`top_k` of 2.*0.5, top_k=1"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -341,6 +492,7 @@ def test_config_round_trip():
         normalize_gates=False,
         gates_from="top_k",
         jitter=0.1,
+        second_choice_threshold=0.4,
         seed=3,
         kernel_initializer="he_normal",
         name="mine",

@@ -155,6 +155,30 @@ def kept_choices(ids, capacity, group, experts):
     return kept
 
 
+def gshard(x, kernel, capacity, draws, threshold=0.5, mask=None):
+    """GShard alg. 1 for one group `x [S, D]`: combine weights `[S, E]`.
+
+    `draws [S]` are its `rnd`, and `threshold` 1/2 its factor of 2. A second choice
+    that the draw left out takes no place, as the paper's text has it; the algorithm
+    as printed counts one.
+    """
+    probabilities = softmax(np.asarray(x, "float64") @ np.asarray(kernel, "float64"))
+    tokens, experts = probabilities.shape
+    real = _real_tokens(mask, tokens)
+    top = [sorted(range(experts), key=lambda e: (-p[e], e))[:2] for p in probabilities]
+    combine = np.zeros((tokens, experts))
+    taken = Counter()
+    for choice in (0, 1):
+        for t in real:
+            gate = probabilities[t, top[t][choice]] / probabilities[t, top[t]].sum()
+            if choice == 1 and not gate / threshold > draws[t]:
+                continue
+            if taken[top[t][choice]] < capacity:
+                combine[t, top[t][choice]] = gate
+            taken[top[t][choice]] += 1
+    return combine
+
+
 def feed_forward(x, up, down, gate=None, activation="silu"):
     """Shazeer 2020, eq. 6; without `gate` Vaswani et al. 2017, eq. 2, no biases."""
     act = ACTIVATIONS[activation]
