@@ -4,11 +4,14 @@ from keras_moe import checkpoints, layers, models, ops
 from keras_moe.listing import list_presets
 from keras_moe.planning import plan
 from keras_moe.sample_text import sample_text
+from keras_moe.span_corruption import SpanCorruption, SpanCorruptionDataset
 from keras_moe.sparsify import sparsify
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SpanCorruption",
+    "SpanCorruptionDataset",
     "checkpoints",
     "layers",
     "list_presets",

@@ -15,9 +15,10 @@ from keras_moe import checks
 from keras_moe.models._keras_hub import any_equal
 from keras_moe.models.compression import warn_experts_left
 from keras_moe.models.pretrained import PretrainedTask
+from keras_moe.models.py_datasets import TakesPyDatasets
 
 
-class LanguageModel(PretrainedTask):
+class LanguageModel(TakesPyDatasets, PretrainedTask):
     """A task that trains on text and generates it; mixed into KerasHub's classes."""
 
     def compile(self, optimizer="auto", *args, **kwargs):

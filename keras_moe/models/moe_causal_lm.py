@@ -24,8 +24,8 @@ class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
 
     All that KerasHub's users do with a `CausalLM` works: `fit`, `evaluate` and
     `predict` on strings, `generate` with every sampler, `score`, saving in every
-    format. Balance and router z-losses of the mixtures are part of the training
-    loss.
+    format. With `preprocessor=None` the first three take a `keras.utils.PyDataset`,
+    too. Balance and router z-losses of the mixtures are part of the training loss.
 
     `generate()` takes prompts padded at the right; padded at the left they are
     refused. A call of the model accepts either.

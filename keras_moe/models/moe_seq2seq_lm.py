@@ -27,7 +27,9 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
 
     All that KerasHub's users do with a `Seq2SeqLM` works: `fit`, `evaluate` and
     `predict` on strings, `generate` with every sampler, saving in every format.
-    Balance and router z-losses of the mixtures are part of the training loss.
+    With `preprocessor=None` the first three take a `keras.utils.PyDataset`, such as
+    `keras_moe.SpanCorruptionDataset`. Balance and router z-losses of the mixtures are
+    part of the training loss.
 
     Where capacity is limited, a token generated from the cache is alone in its
     group and never dropped, though it may be in a pass over the whole target: as in
