@@ -34,10 +34,10 @@ class SpanCorruption:
     stays and ends with a span, so that the targets need no last sentinel, which the
     paper's figure 2 has, for what stays at its end.
 
-    The transform needs no backend and no tokenizer library. Called with a `rng`, it is
-    a function of its arguments; `SpanCorruptionDataset` feeds it to `fit`, and any
-    loader that maps a function can, such as
-    `grain.MapDataset.source(corruption.pack(texts)).seed(0).random_map(corruption)`.
+    The transform needs no backend and no tokenizer library. It is a function of its
+    arguments, `rng` among them, so any loader can map it. `SpanCorruptionDataset` feeds
+    it to `fit`; so does grain, by `grain.MapDataset.source(corruption.pack(texts))`
+    followed by `.seed(0).repeat(epochs).random_map(corruption).batch(32)`.
 
     Args:
         inputs_length: int, S, at least 4: the tokens of an encoder's input.
