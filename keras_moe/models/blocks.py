@@ -44,6 +44,7 @@ _MIXTURE_SETTINGS = (
     "top_k_groups",
     "group_scores",
     "gate_scale",
+    "second_choice_threshold",
     "expert_dropout",
     "route_padding",
 )

@@ -49,7 +49,8 @@ class MoEBackbone(BaseBackbone):
             `z_loss` (both a layer, summed over layers), `balance_choices`,
             `shared_expert_dim`, `shared_expert_gate`, `selection_bias`,
             `bias_update_rate`, `expert_groups`, `top_k_groups`, `group_scores`,
-            `gate_scale`, `expert_dropout` and `route_padding`.
+            `gate_scale`, `second_choice_threshold`, `expert_dropout` and
+            `route_padding`.
         extra_dense: bool: a dense feed-forward block, of width `dense_dim` and with
             a norm of its own, follows each mixture (ST-MoE).
         attention: `"grouped_query"`, or `"latent"` (see `LatentAttention`), which
@@ -172,6 +173,7 @@ class MoEBackbone(BaseBackbone):
         top_k_groups=1,
         group_scores="top_2",
         gate_scale=1.0,
+        second_choice_threshold=None,
         attention="grouped_query",
         query_rank=None,
         key_value_rank=None,

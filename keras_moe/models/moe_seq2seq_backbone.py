@@ -145,6 +145,7 @@ class MoESeq2SeqBackbone(BaseBackbone):
         top_k_groups=1,
         group_scores="top_2",
         gate_scale=1.0,
+        second_choice_threshold=None,
         attention_scale=1.0,
         attention_bias=None,
         query_key_norm=None,

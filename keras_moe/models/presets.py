@@ -186,7 +186,13 @@ def training_settings(preset):
     return {name: config[name] for name in _OF_TRAINING if name in config}
 
 
-_OF_TRAINING = ("balance_loss", "balance_choices", "bias_update_rate", "z_loss")
+_OF_TRAINING = (
+    "balance_loss",
+    "balance_choices",
+    "bias_update_rate",
+    "second_choice_threshold",
+    "z_loss",
+)
 
 
 def check_weights(folder, model):
