@@ -3,7 +3,12 @@ import dataclasses
 import pytest
 
 import keras_moe
-from keras_moe.models import MoEBackbone, MoECausalLM, presets
+from keras_moe.models import (
+    MoEBackbone,
+    MoECausalLM,
+    MoESeq2SeqBackbone,
+    presets,
+)
 
 
 def records():
@@ -13,9 +18,12 @@ def records():
 def test_every_preset_is_listed():
     listed = keras_moe.list_presets()
     assert [record.name for record in listed] == sorted(presets.names())
-    assert {record.name for record in listed} == set(MoEBackbone.presets)
+    decoders, others = MoEBackbone.presets, MoESeq2SeqBackbone.presets
+    assert {record.name for record in listed} == {*decoders, *others}
+    assert not decoders.keys() & others.keys()
+    assert set(MoECausalLM.presets) == set(decoders)
     for record in listed:
-        assert record.family == MoEBackbone.presets[record.name]["family"]
+        assert record.family == {**decoders, **others}[record.name]["family"]
         assert record.paper.startswith("https://")
         assert record.description.endswith(".")
         assert 0 < record.active_parameters < record.total_parameters

@@ -47,9 +47,22 @@ def describe(name):
     return _read_json(ROOT / name / "preset.json")
 
 
-def descriptions():
-    """What `preset.json` says of every preset: a dict by name."""
-    return {name: describe(name) for name in names()}
+def descriptions(backbones=None):
+    """What `preset.json` says of each preset: a dict by name.
+
+    Args:
+        backbones: None for all, or the names of the classes whose presets are wanted.
+    """
+    return {
+        name: describe(name)
+        for name in names()
+        if backbones is None or backbone_of(name) in backbones
+    }
+
+
+def backbone_of(name):
+    """The name of the class that a preset's settings are of."""
+    return _read_json(ROOT / name / "config.json")["class_name"]
 
 
 def settings(folder):

@@ -10,8 +10,9 @@ class Pretrained:
 
     @classproperty
     def presets(cls):
-        """A dict of the presets by name: family, paper, licence, checkpoint."""
-        return presets.descriptions()
+        """A dict of its presets by name: family, paper, licence, checkpoint."""
+        backbone_cls = getattr(cls, "backbone_cls", cls)
+        return presets.descriptions([c.__name__ for c in backbone_cls.__mro__])
 
     def export_to_transformers(
         self, path, dtype=None, max_shard_size="5GB", overwrite=False
