@@ -61,13 +61,13 @@ def fetch(handle, weights=True, revision=None, token=None):
             f"preset={handle!r}, which does not."
         )
     if weights and "model_type" in read_json(folder / "config.json"):
-        files = [SINGLE]
-        if (folder / INDEX).is_file():
+        download([SINGLE])  # before any shards, as in Transformers
+        if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
             weight_map = read_json(folder / INDEX).get("weight_map")
             # What is wrong with an index is said where it is read.
             if isinstance(weight_map, dict):
                 files = sorted({str(name) for name in weight_map.values()})
-        download([name for name in files if name.endswith(".safetensors")])
+                download([name for name in files if name.endswith(".safetensors")])
     return folder
 
 

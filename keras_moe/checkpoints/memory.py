@@ -49,8 +49,8 @@ def check_room(settings, dtype):
 
 def available_bytes():
     """Memory that can still be taken, or None where that cannot be known."""
-    rooms = [room for room in (_machine_room(), _control_group_room()) if room]
-    return min(rooms, default=None)
+    rooms = (_machine_room(), _control_group_room())
+    return min((room for room in rooms if room is not None), default=None)
 
 
 def _machine_room():

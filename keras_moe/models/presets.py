@@ -11,7 +11,7 @@ import pathlib
 
 import h5py
 
-from keras_moe.checkpoints import hub, tokenizer_files
+from keras_moe.checkpoints import hub, memory, tokenizer_files
 from keras_moe.checkpoints.loading import is_checkpoint, read_settings
 from keras_moe.checkpoints.shards import read_json as _read_json
 from keras_moe.models._keras_hub import preset_has_file
@@ -106,7 +106,12 @@ def has_weights(folder):
 
 
 def preset_folder(
-    preset, load_weights=False, revision=None, token=None, tokenizer=False
+    preset,
+    load_weights=False,
+    revision=None,
+    token=None,
+    tokenizer=False,
+    overrides=None,
 ):
     """The folder of a preset, checked as far as that costs little.
 
@@ -118,6 +123,8 @@ def preset_folder(
         revision: str or None, a branch, tag or commit on the hub.
         token: str or None, for the hub.
         tokenizer: bool, whether a tokenizer must be there.
+        overrides: dict or None, settings and `dtype` that go before the preset's:
+            whether there is room for the weights is asked before they are fetched.
 
     Returns:
         str: a path or a handle.
@@ -126,6 +133,7 @@ def preset_folder(
         ValueError: for an unknown name, JSON that is broken or not an object, a
             shard outside the folder, and missing or broken weights.
         FileNotFoundError: for a folder without `config.json`, or without a shard.
+        MemoryError: for a checkpoint on the hub that there is no room for.
     """
     if not isinstance(preset, (str, pathlib.Path)):
         raise ValueError(
@@ -133,7 +141,7 @@ def preset_folder(
             f"Received: preset={preset!r}"
         )
     if str(preset).startswith(hub.PREFIX):
-        return _fetched(preset, load_weights, revision, token)
+        return _fetched(preset, load_weights, revision, token, overrides)
     if "://" in str(preset):
         _check_no_hub(revision, token, preset)
         return preset
@@ -155,7 +163,8 @@ def preset_folder(
     wanted = load_weights and not has_weights(folder)
     wanted = wanted or (tokenizer and not has_tokenizer(folder))
     if wanted and checkpoint:
-        return _fetched(hub.PREFIX + checkpoint, load_weights, revision, token)
+        handle = hub.PREFIX + checkpoint
+        return _fetched(handle, load_weights, revision, token, overrides)
     _check_no_hub(revision, token, preset)
     if load_weights:
         if not has_weights(folder):
@@ -164,9 +173,14 @@ def preset_folder(
     return str(folder)
 
 
-def _fetched(handle, load_weights, revision, token):
+def _fetched(handle, load_weights, revision, token, overrides):
     """The local folder of a checkpoint on the hub, or the handle of a Keras preset."""
-    folder = hub.fetch(str(handle), load_weights, revision, token)
+    folder = hub.fetch(str(handle), False, revision, token)
+    if load_weights and is_checkpoint(folder):
+        overrides = dict(overrides or {})
+        dtype = overrides.pop("dtype", None)
+        memory.check_room({**read_settings(folder)[1], **overrides}, dtype)
+        folder = hub.fetch(str(handle), True, revision, token)
     if is_checkpoint(folder):
         return str(folder)
     if hub.parse_handle(handle, revision)[1] or token:

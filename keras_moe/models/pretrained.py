@@ -68,7 +68,9 @@ class PretrainedBackbone(Pretrained):
             PermissionError: for a repository that the token may not read.
             ConnectionError: where the hub cannot be reached.
         """
-        folder = presets.preset_folder(preset, load_weights, revision, token)
+        folder = presets.preset_folder(
+            preset, load_weights, revision, token, overrides=kwargs
+        )
         if presets.is_checkpoint(folder):
             kwargs = {**presets.training_settings(preset), **kwargs}
             return checkpoints.load_backbone(
@@ -109,9 +111,11 @@ class PretrainedTask(Pretrained):
             ValueError: as there.
         """
         trained = presets.training_settings(preset)
-        preset = presets.preset_folder(preset, load_weights, revision, token)
         names = ("dtype", *architecture.names(cls.backbone_cls))
         settings = {name: kwargs.pop(name) for name in names if name in kwargs}
+        preset = presets.preset_folder(
+            preset, load_weights, revision, token, overrides=settings
+        )
         if "backbone" not in kwargs:
             if presets.is_checkpoint(preset):
                 settings = {**trained, **settings}

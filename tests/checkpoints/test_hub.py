@@ -7,6 +7,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 
+from keras_moe.checkpoints import memory
 from keras_moe.models import MoEBackbone, MoECausalLM, MoETokenizer, presets
 from tests.checkpoints.hub_server import HubServer, commit_of
 from tests.checkpoints.small_checkpoints import (
@@ -90,6 +91,14 @@ def test_loads_a_preset_by_its_name(hub, checkpoint, tmp_path):
         "main": shutil.copytree(with_tokenizer, tmp_path / "next")
     }
     assert MoETokenizer.from_preset("mixtral_8x7b").vocabulary_size() == 1024
+
+
+def test_asks_for_room_before_weights_are_fetched(hub, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10_000)
+    for model_class in (MoEBackbone, MoECausalLM):
+        with pytest.raises(MemoryError, match="take .* in float32, and 1e-05 GB"):
+            model_class.from_preset(HANDLE, dtype="float32")
+    assert not [name for name in hub.downloaded() if name.endswith(".safetensors")]
 
 
 def test_settings_of_training_come_from_the_preset(hub, tmp_path):
