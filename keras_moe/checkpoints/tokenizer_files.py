@@ -136,13 +136,14 @@ def _adds_start_token(folder):
     start = _special_tokens(folder)["start_token"]
     if start is None:
         return False
+    if (folder / BYTE_PAIR).is_file():
+        # Its own post-processor decides: Transformers 5 reads no `add_bos_token` then.
+        return _begins_with(_load_byte_pair(folder), start)
     stated = _read(folder, "tokenizer_config.json").get("add_bos_token")
     if isinstance(stated, bool):
         return stated
-    if not (folder / BYTE_PAIR).is_file():
-        # As the tokenizers of Transformers over SentencePiece do, and no other.
-        return (folder / SENTENCEPIECE).is_file()
-    return _begins_with(_load_byte_pair(folder), start)
+    # As the tokenizers of Transformers over SentencePiece do, and no other.
+    return (folder / SENTENCEPIECE).is_file()
 
 
 def _begins_with(tokenizer, token):

@@ -52,16 +52,18 @@ def _write(folder, name, **content):
 
 def test_generates_text_from_a_checkpoint(tmp_path, byte_pair_file):
     theirs = _checkpoint(tmp_path)
-    shutil.copy(byte_pair_file, tmp_path / "tokenizer.json")
     tokenizer = tokenizers.Tokenizer.from_file(str(byte_pair_file))
     start, end = tokenizer.id_to_token(1), tokenizer.id_to_token(2)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{start} $A", special_tokens=[(start, 1)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     _write(
         tmp_path,
         "tokenizer_config.json",
         tokenizer_class="PreTrainedTokenizerFast",
         bos_token=start,
         eos_token={"content": end, "lstrip": False},
-        add_bos_token=True,
     )
     ours = MoECausalLM.from_preset(str(tmp_path))
     assert ours.preprocessor.add_start_token
@@ -106,8 +108,12 @@ def test_special_tokens_by_their_ids(tmp_path, sentencepiece_model):
     assert not preprocessor.add_start_token
 
 
+@pytest.mark.parametrize(
+    "stated", [{}, {"add_bos_token": True}, {"add_bos_token": False}]
+)
 @pytest.mark.parametrize("adds", [True, False])
-def test_start_token_as_the_file_itself_adds_it(tmp_path, byte_pair_file, adds):
+def test_start_token_as_the_file_itself_adds_it(tmp_path, byte_pair_file, adds, stated):
+    """Whatever `add_bos_token` says: Transformers 5 does not read it then."""
     _checkpoint(tmp_path)
     tokenizer = tokenizers.Tokenizer.from_file(str(byte_pair_file))
     start, end = tokenizer.id_to_token(1), tokenizer.id_to_token(2)
@@ -116,7 +122,11 @@ def test_start_token_as_the_file_itself_adds_it(tmp_path, byte_pair_file, adds):
             single=f"{start} $A", special_tokens=[(start, 1)]
         )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    _write(tmp_path, "tokenizer_config.json", bos_token=start, eos_token=end)
+    named = {"bos_token": start, "eos_token": end, **stated}
+    named["tokenizer_class"] = "LlamaTokenizerFast"
+    _write(tmp_path, "tokenizer_config.json", **named)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs("The statement").input_ids[0] == 1) == adds
     preprocessor = MoECausalLMPreprocessor.from_preset(str(tmp_path))
     assert preprocessor.add_start_token == adds
 
