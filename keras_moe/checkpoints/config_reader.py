@@ -18,7 +18,14 @@ HARMLESS = frozenset(
     """.split()
 )
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "keras_moe>gelu_tanh",
+    "gelu_new": "keras_moe>gelu_tanh",
+    "relu": "relu",
+}
 REQUIRED = object()
 
 

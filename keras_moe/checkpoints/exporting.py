@@ -31,6 +31,7 @@ _OF_TRAINING = (
     "inner_dropout",
     "recompute",
     "router_jitter",
+    "second_choice_threshold",
     "z_loss",
 )
 
@@ -43,7 +44,8 @@ def export_to_transformers(
     The folder holds `config.json`, `generation_config.json`, the weights as
     safetensors, and the tokenizer where `model` is a task that has one. It comes
     into being as a whole: until all is written, its files stand in a temporary
-    folder next to it, which an error or interruption leaves no trace of.
+    folder next to it, which an error or an interrupt from the keyboard leaves no
+    trace of; what a killed process leaves is hidden and ends in ".partial".
 
     Args:
         model: a backbone of this package, or a task over one.
@@ -52,8 +54,8 @@ def export_to_transformers(
             model's weights.
         max_shard_size: int, in bytes, or str such as `"5GB"`: the size of a file of
             weights, which a single larger tensor exceeds.
-        overwrite: bool, whether a folder that exists is replaced, with all that it
-            holds.
+        overwrite: bool, whether a folder or a file that exists is replaced, with all
+            that it holds. A link stays, and what it leads to is replaced.
 
     Raises:
         ValueError: for a model that no class of Transformers computes, naming the
@@ -70,7 +72,7 @@ def export_to_transformers(
     """
     backbone = getattr(model, "backbone", model)
     preprocessor = getattr(model, "preprocessor", None)
-    folder = pathlib.Path(folder)
+    folder = pathlib.Path(folder).expanduser().resolve()
     limit = _parse_size(max_shard_size)
     dtype = _export_dtype(dtype, backbone)
     settings = architecture.complete(backbone.get_config(), type(backbone))
@@ -94,7 +96,8 @@ def export_to_transformers(
         given = {key: value for key, value in ids.items() if value is not None}
         _write_config(temporary, family, {**ids, **config, **given}, dtype)
         write_json(temporary / "generation_config.json", given)
-        _write_weights(temporary, backbone, family.entries(settings), dtype, limit)
+        entries, empty = family.entries(settings), family.empty(settings)
+        _write_weights(temporary, backbone, entries, empty, dtype, limit)
         _put_in_place(temporary, folder)
     except BaseException:  # an interruption, too, must leave nothing behind
         shutil.rmtree(temporary, ignore_errors=True)
@@ -255,14 +258,14 @@ def _write_config(folder, family, config, dtype):
     )
 
 
-def _write_weights(folder, backbone, entries, dtype, limit):
-    parts = {}
+def _write_weights(folder, backbone, entries, empty, dtype, limit):
+    parts = {name: [] for name in empty}
     for entry in entries:
         parts.setdefault(entry.name, []).append(entry)
     specifications = [
         (name, numpy_dtype("float32" if exact else dtype), shape)
         for name, (shape, exact) in tables.tensors(entries).items()
-    ]
+    ] + [(name, numpy_dtype(dtype), shape) for name, shape in empty.items()]
     shards = _split(specifications, limit)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, 1):
@@ -280,7 +283,7 @@ def _write_weights(folder, backbone, entries, dtype, limit):
 
 
 def _tensor(backbone, entries, dtype, shape):
-    if entries[0].row is None:
+    if len(entries) == 1 and entries[0].row is None:
         (entry,) = entries
         return entry.to_tensor(_part(backbone, entry, dtype))
     whole = np.empty(shape, dtype)

@@ -16,6 +16,8 @@ from keras_moe.checkpoints.shards import DTYPES, Shards, read_json
 from keras_moe.layers.initializers import skipped
 from keras_moe.ops import from_numpy
 
+_OUTPUT = "lm_head.weight"
+_ROWS = 4096  # compared at once
 _SCALE = "_scale_inv"  # of weights in float8, next to them
 
 
@@ -94,6 +96,11 @@ def load_backbone(
     complete = architecture.complete(settings, backbone_cls)
     entries = family.entries(complete)
     with Shards(folder) as shards:
+        may_untie = not family.has_encoder and "tied_embeddings" not in kwargs
+        if may_untie and _has_own_output(shards, entries):
+            # As in Transformers: what the checkpoint holds goes before what it says.
+            settings["tied_embeddings"] = complete["tied_embeddings"] = False
+            entries = family.entries(complete)
         entries = [_with_stand_in(entry, family, shards) for entry in entries]
         _check_tensors(shards, entries, family, complete)
         memory.check_room(settings, dtype)
@@ -101,6 +108,27 @@ def load_backbone(
             backbone = backbone_cls(**settings, dtype=dtype)
         _assign_all(backbone, shards, entries, _block_size(folder), verbose)
     return backbone
+
+
+def _has_own_output(shards, entries):
+    """Whether there is an output matrix other than the embeddings it is tied to."""
+    named = {entry.path: entry.name for entry in entries}
+    tied = named.get("token_embedding.embeddings")
+    if (
+        _OUTPUT in named.values()
+        or _OUTPUT not in shards
+        or tied not in shards
+        or shards.shape(_OUTPUT) != shards.shape(tied)
+    ):
+        return False
+    rows = shards.shape(tied)[0]
+    return any(
+        not np.array_equal(
+            shards.read(_OUTPUT, row, min(_ROWS, rows - row)),
+            shards.read(tied, row, min(_ROWS, rows - row)),
+        )
+        for row in range(0, rows, _ROWS)
+    )
 
 
 def _with_stand_in(entry, family, shards):
@@ -207,6 +235,7 @@ def _check_tensors(shards, entries, family, settings):
         if name not in wanted
         and name not in scales
         and not family.ignored(name, settings)
+        and math.prod(shards.shape(name))  # of no shared experts, for example
     ]
     if left:
         raise ValueError(

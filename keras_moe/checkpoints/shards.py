@@ -127,6 +127,8 @@ class Shards:
 
 def _files(folder):
     """The shards of a folder, sorted, and what the index says: tensor to file."""
+    if (folder / SINGLE).is_file():  # first, as in Transformers
+        return [folder / SINGLE], {}
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -140,8 +142,6 @@ def _files(folder):
         for name in names:
             _check_shard_name(folder, name)
         return [folder / name for name in names], weight_map
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE], {}
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
     if pickles:
         raise ValueError(

@@ -173,7 +173,8 @@ CONFIGS = {
     "dbrx_unnormalised": {
         **_DBRX,
         "n_heads": 3,
-        "attn_config": {"clip_qkv": 8, "kv_n_heads": 3, "rope_theta": 10000.0},
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 3, "rope_theta": 500.0},
+        "rope_parameters": _YARN,
         "ffn_config": {
             "ffn_hidden_size": 12,
             "moe_num_experts": 4,
@@ -197,6 +198,7 @@ CONFIGS = {
         **_V3,
         "q_lora_rank": None,
         "first_k_dense_replace": 0,
+        "n_shared_experts": 0,
         "norm_topk_prob": False,
         "tie_word_embeddings": True,
         "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},

@@ -179,6 +179,26 @@ def test_nothing_is_overwritten_unasked(backbone, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_through_a_link(backbone, tmp_path):
+    """The link stays, and what it leads to is replaced."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with pytest.raises(FileExistsError, match="link|folder"):
+        backbone.export_to_transformers(tmp_path / "link")
+    backbone.export_to_transformers(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    _load(tmp_path / "folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", "link"}
+
+
+def test_to_the_working_folder(backbone, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    backbone.export_to_transformers(".", overwrite=True)
+    _load(tmp_path / "here")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 @pytest.fixture(params=["nothing", "a folder"])
 def target(request, tmp_path):
     """Where to export to, where nothing may have changed at the end."""

@@ -469,7 +469,6 @@ def test_refuses_settings_that_do_not_fit_the_weights(mixtral):
         ("qwen2_moe", {"mlp_only_layers": 1}, "mlp_only_layers"),
         ("qwen2_moe", {"layer_types": ["chunked"] * 3}, "layer_types"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
-        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob"),
         ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
@@ -490,6 +489,56 @@ def test_names_settings_that_are_not_implemented(tmp_path, name, values, named):
     _change_config(tmp_path, **values)
     with pytest.raises(ValueError, match=named):
         MoEBackbone.from_preset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("deepseek_v3", "routed_scaling_factor"),
+        ("deepseek_v3", "norm_topk_prob"),
+        ("mixtral", "rope_parameters"),
+        ("qwen2_moe", "norm_topk_prob"),
+    ],
+)
+def test_a_missing_key_means_what_it_does_to_transformers(tmp_path, name, key):
+    make_model(name).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _assert_equal_logits(tmp_path)
+
+
+def _assert_equal_logits(folder):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    ours = MoECausalLM.from_preset(str(folder))
+    assert_close(our_logits(ours, prompts()), their_logits(theirs, prompts()))
+
+
+def test_an_output_matrix_of_its_own_goes_before_a_tie(tmp_path):
+    make_model("mixtral_tied").save_pretrained(tmp_path)
+    tensors = safetensors.numpy.load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][::-1].copy()
+    _write(tmp_path, tensors)
+    _assert_equal_logits(tmp_path)
+    assert not MoEBackbone.from_preset(str(tmp_path)).tied_embeddings
+
+
+def test_the_single_file_goes_before_shards(tmp_path):
+    make_model("mixtral").save_pretrained(tmp_path, max_shard_size="15KB")
+    other = make_model("mixtral")
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(-1)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other/model.safetensors", tmp_path)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    _assert_equal_logits(tmp_path)
+
+
+def test_follows_transformers_where_it_ignores_a_key(tmp_path):
+    make_model("deepseek_v2").save_pretrained(tmp_path)
+    _change_config(tmp_path, norm_topk_prob=True)
+    with pytest.warns(UserWarning, match="norm_topk_prob"):
+        _assert_equal_logits(tmp_path)
 
 
 def test_warns_of_keys_it_does_not_know(mixtral, tmp_path):

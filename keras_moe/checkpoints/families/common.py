@@ -63,6 +63,8 @@ class Family:
         stand_ins: dict: by the name of a tensor that a checkpoint may not hold,
             those that have the same values, the first that is there serving.
         has_encoder: bool: it is a `MoESeq2SeqBackbone`, else a `MoEBackbone`.
+        empty: callable from settings to the shapes by name of tensors without
+            elements, which Transformers expects and our model has nothing for.
     """
 
     model_type: str
@@ -73,6 +75,7 @@ class Family:
     ignored: Callable = may_be_ignored
     stand_ins: dict = dataclasses.field(default_factory=dict)
     has_encoder: bool = False
+    empty: Callable = lambda settings: {}
 
 
 def size_settings(read, epsilon):
@@ -115,13 +118,19 @@ def to_activation(name):
     return theirs.get(name, name)
 
 
-def rope_settings(read, theta=10000.0, kinds=("linear", "yarn", "llama3")):
+def rope_settings(
+    read,
+    theta=10000.0,
+    kinds=("linear", "yarn", "llama3"),
+    context_key="max_position_embeddings",
+):
     """`rope_theta` and `rope_scaling`, from keys of Transformers 4 or 5.
 
     Args:
         read: a `ConfigReader`.
         theta: float, the base where none is given.
         kinds: the kinds of scaling that the family's own code has.
+        context_key: str, the key of the context length.
     """
     key = "rope_scaling" if read.get("rope_scaling") else "rope_parameters"
     read.harmless("rope_scaling", "rope_parameters")
@@ -145,7 +154,10 @@ def rope_settings(read, theta=10000.0, kinds=("linear", "yarn", "llama3")):
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in kinds:
         read.refuse(key, f"of type {', '.join(map(repr, ('default', *kinds)))}")
-    unknown = sorted(set(parameters) - set(_ROPE_KEYS[kind]))
+    # What another kind would read is left behind by it, and without effect.
+    unknown = sorted(
+        set(parameters) - {k for keys in _ROPE_KEYS.values() for k in keys}
+    )
     if unknown:
         read.refuse(key, f"without {', '.join(unknown)} for type {kind!r}")
     for required in _ROPE_REQUIRED[kind]:
@@ -154,7 +166,7 @@ def rope_settings(read, theta=10000.0, kinds=("linear", "yarn", "llama3")):
     if kind != "linear":
         if original is not None:  # goes before the one within, as in Transformers
             parameters["original_max_position_embeddings"] = original
-        context = read.integer("max_position_embeddings")
+        context = read.integer(context_key)
         original = parameters.setdefault("original_max_position_embeddings", context)
         if parameters.get("factor") is None:
             parameters["factor"] = context / original

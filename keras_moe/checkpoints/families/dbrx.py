@@ -49,7 +49,7 @@ def _settings(read):
         "router_jitter": ffn.number("moe_jitter_eps", 0.0),
         "initializer_stddev": read.number("initializer_range", 0.02),
         "context_length": read.integer("max_seq_len", 2048),
-        **common.rope_settings(read, theta=theta),
+        **common.rope_settings(read, theta=theta, context_key="max_seq_len"),
     }
     attention.finish()
     ffn.finish()

@@ -7,12 +7,16 @@
 
 import functools
 import re
+import warnings
 
 from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
 
-def _shared_settings(read, rope_kinds=("linear", "yarn", "llama3")):
+def _shared_settings(
+    read, rope_kinds=("linear", "yarn", "llama3"), shared=0, dense_first=0
+):
+    """Settings of all three; `shared` and `dense_first` where a key is missing."""
     read.harmless("aux_loss_alpha", "seq_aux", "ep_size")
     read.only("mlp_bias", False)
     return {
@@ -21,11 +25,13 @@ def _shared_settings(read, rope_kinds=("linear", "yarn", "llama3")):
         "num_experts": common.count_of_experts(
             read, "n_routed_experts", "num_experts", "num_local_experts"
         ),
-        "num_shared_experts": read.integer("n_shared_experts", 0, minimum=0),
+        "num_shared_experts": read.integer("n_shared_experts", shared, minimum=0),
         "top_k": read.integer("num_experts_per_tok"),
         "expert_dim": read.integer("moe_intermediate_size"),
         "dense_dim": read.integer("intermediate_size"),
-        "dense_first_layers": read.integer("first_k_dense_replace", 0, minimum=0),
+        "dense_first_layers": read.integer(
+            "first_k_dense_replace", dense_first, minimum=0
+        ),
         "moe_every": read.integer("moe_layer_freq", 1),
         "attention_bias": "all" if read.flag("attention_bias") else None,
     }
@@ -38,7 +44,7 @@ def _shared_config(s):
         **common.rope_config(s),
         "n_routed_experts": s["num_experts"],
         # Transformers knows the shared experts by their number alone.
-        "n_shared_experts": shared // s["expert_dim"] if shared else None,
+        "n_shared_experts": shared // s["expert_dim"],
         "num_experts_per_tok": s["top_k"],
         "moe_intermediate_size": s["expert_dim"],
         "intermediate_size": s["dense_dim"] or s["expert_dim"],
@@ -55,7 +61,9 @@ def _deepseek_settings(read):
         # The code that comes with the checkpoint knows no other scaling that we do.
         **_shared_settings(read, rope_kinds=("linear",)),
         "head_dim": read.integer("head_dim", None),
-        "normalize_gates": read.flag("norm_topk_prob"),
+        # Of a single expert its code leaves the gate as it is.
+        "normalize_gates": read.flag("norm_topk_prob")
+        and read.integer("num_experts_per_tok") > 1,
     }
 
 
@@ -77,14 +85,14 @@ DEEPSEEK = common.Family(
 )
 
 
-def _latent_settings(read):
+def _latent_settings(read, gate_scale=1.0, **defaults):
     heads = read.integer("num_attention_heads")
     # Of what is cached there is one for all heads; the number must not say otherwise.
     read.only("num_key_value_heads", heads)
     # Transformers writes the rotated part's size here, and others nothing.
     read.harmless("head_dim", "qk_head_dim")
     return {
-        **_shared_settings(read),
+        **_shared_settings(read, **defaults),
         "num_key_value_heads": None,
         "attention": "latent",
         "head_dim": read.integer("qk_nope_head_dim"),
@@ -92,7 +100,7 @@ def _latent_settings(read):
         "value_head_dim": read.integer("v_head_dim"),
         "query_rank": read.integer("q_lora_rank", None),
         "key_value_rank": read.integer("kv_lora_rank"),
-        "gate_scale": read.number("routed_scaling_factor", 1.0),
+        "gate_scale": read.number("routed_scaling_factor", gate_scale),
     }
 
 
@@ -163,9 +171,12 @@ def _ignored(name, settings):
 
 
 def _v2_settings(read):
-    # With it the published code leaves the gates unscaled, and Transformers does
-    # not read it: there is no one meaning to follow.
-    read.only("norm_topk_prob", False)
+    if read.flag("norm_topk_prob"):
+        warnings.warn(
+            "`config.json` has norm_topk_prob=True, which Transformers ignores for "
+            "this type of model, and so do we: the gates are not normalised.",
+            stacklevel=2,
+        )
     read.only("scoring_func", "softmax")
     read.only("moe_layer_freq", 1)
     method = read.get("topk_method", "greedy")
@@ -179,7 +190,7 @@ def _v2_settings(read):
         read.refuse("topk_method", "'greedy' or 'group_limited_greedy'")
     read.harmless("n_group", "topk_group")
     return {
-        **_latent_settings(read),
+        **_latent_settings(read, shared=2),
         **groups,
         "group_scores": "max",
         "scores": "softmax",
@@ -198,6 +209,18 @@ def _v2_config(s):
     }
 
 
+def _no_shared_experts(settings):
+    """Where there are none, Transformers has them without features."""
+    if architecture.shared_dim(settings):
+        return {}
+    D = settings["hidden_dim"]
+    return {
+        f"model.layers.{layer}.mlp.shared_experts.{name}_proj.weight": shape
+        for layer in architecture.mixture_layers(settings)
+        for name, shape in (("gate", (0, D)), ("up", (0, D)), ("down", (D, 0)))
+    }
+
+
 def _latent_entries(settings):
     return common.decoder(settings, _latent_attention, shared="shared_experts")
 
@@ -209,6 +232,7 @@ DEEPSEEK_V2 = common.Family(
     config=_v2_config,
     entries=_latent_entries,
     ignored=_ignored,
+    empty=_no_shared_experts,
 )
 
 
@@ -221,7 +245,7 @@ def _v3_settings(read):
     # Layers that predict several tokens at once, which generation can do without.
     read.harmless("num_nextn_predict_layers", "num_mtp_layers", "quantization_config")
     return {
-        **_latent_settings(read),
+        **_latent_settings(read, gate_scale=2.5, shared=1, dense_first=3),
         "scores": "sigmoid",
         "normalize_gates": read.flag("norm_topk_prob", True),
         "selection_bias": True,
@@ -249,4 +273,5 @@ DEEPSEEK_V3 = common.Family(
     config=_v3_config,
     entries=_latent_entries,
     ignored=_ignored,
+    empty=_no_shared_experts,
 )
