@@ -14,7 +14,7 @@ from keras_moe.checkpoints.config_reader import ConfigReader
 from keras_moe.checkpoints.families import find_family
 from keras_moe.checkpoints.shards import DTYPES, Shards, read_json
 from keras_moe.layers.initializers import skipped
-from keras_moe.ops import from_numpy
+from keras_moe.ops import assign_parts
 
 _OUTPUT = "lm_head.weight"
 _ROWS = 4096  # compared at once
@@ -154,20 +154,26 @@ def _assign_all(backbone, shards, entries, block, verbose):
 
 
 def _assign(variable, shards, entries, block):
-    whole = np.empty(tables.weight_shape(entries), numpy_dtype(variable.dtype))
-    if whole.shape != tuple(variable.shape):
+    shape = tables.weight_shape(entries)
+    if shape != tuple(variable.shape):
         raise ValueError(
-            f"The weight {variable.path!r} must have the shape {whole.shape}. "
+            f"The weight {variable.path!r} must have the shape {shape}. "
             f"Received: {tuple(variable.shape)}"
         )
-    for entry in entries:
-        rows = None if entry.row is None else entry.part_shape[0]
-        part = shards.read(entry.name, entry.row, rows)
-        if shards.dtype_name(entry.name) == "F8_E4M3":
-            part = _dequantise(part, shards.read(entry.name + _SCALE), block)
-        target = whole if entry.index is None else whole[entry.index]
-        target[...] = entry.to_weight(_cast(part, whole.dtype))
-    variable.assign(from_numpy(whole))
+    dtype = numpy_dtype(variable.dtype)
+    assign_parts(
+        variable,
+        ((entry.index, _part(shards, entry, block, dtype)) for entry in entries),
+    )
+
+
+def _part(shards, entry, block, dtype):
+    """The part of a weight that an entry stands for, as a NumPy array."""
+    rows = None if entry.row is None else entry.part_shape[0]
+    part = shards.read(entry.name, entry.row, rows)
+    if shards.dtype_name(entry.name) == "F8_E4M3":
+        part = _dequantise(part, shards.read(entry.name + _SCALE), block)
+    return entry.to_weight(_cast(part, dtype))
 
 
 def _cast(array, dtype):

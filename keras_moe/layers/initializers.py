@@ -7,6 +7,8 @@ import functools
 import keras
 from keras import ops
 
+from keras_moe.ops import unwritten_zeros
+
 # Those that say something about a matrix as a whole.
 _OF_A_MATRIX = (keras.initializers.Orthogonal, keras.initializers.Identity)
 
@@ -36,7 +38,7 @@ def fresh(initializer, index=0):
     not.
     """
     if _skipped.get():
-        return keras.initializers.Zeros()
+        return unwritten_zeros
     initializer = keras.initializers.get(initializer)
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer

@@ -1,6 +1,6 @@
 """What `keras.ops` lacks, one public function each, on every backend."""
 
-from keras_moe.ops.from_numpy import from_numpy
+from keras_moe.ops.assign_parts import assign_parts, unwritten_zeros
 from keras_moe.ops.grouped_apply import Stage, formulation, grouped_apply
 from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.ops.inverse_permutation import inverse_permutation
@@ -8,10 +8,11 @@ from keras_moe.ops.top_k import top_k
 
 __all__ = [
     "Stage",
+    "assign_parts",
     "formulation",
-    "from_numpy",
     "grouped_apply",
     "grouped_matmul",
     "inverse_permutation",
     "top_k",
+    "unwritten_zeros",
 ]

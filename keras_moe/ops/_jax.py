@@ -179,8 +179,21 @@ def inverse_permutation(permutation):
     return jnp.zeros_like(places).at[permutation].set(places, unique_indices=True)
 
 
-def from_numpy(array):
-    return jnp.asarray(array)
+def assign_parts(variable, parts):
+    for index, array in parts:
+        if index is None:
+            variable.assign(jnp.asarray(array))
+        else:  # the old value is given away, so that the new one takes its memory
+            variable.assign(_set_row(variable.value, index, array))
+
+
+def unwritten_zeros(shape, dtype):
+    return jnp.zeros(shape, dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set_row(value, index, array):
+    return lax.dynamic_update_index_in_dim(value, array, index, 0)
 
 
 def forget_traces():

@@ -3,12 +3,18 @@
 N  rows     D  features in      H  features out     E  groups
 """
 
+import math
+
+import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 from tensorflow.python.ops import control_flow_util
 
 from keras_moe.ops._blocks import block_at, block_sizes, sweeps
 from keras_moe.ops._stages import stage_outputs
+
+_ALIGNMENT = 64  # bytes: what memory must lie at that TensorFlow is to share
 
 
 def choose_formulation(x, weights):
@@ -312,8 +318,31 @@ def inverse_permutation(permutation):
     return tf.ensure_shape(inverse, permutation.shape)
 
 
-def from_numpy(array):
-    return tf.convert_to_tensor(array)
+def assign_parts(variable, parts):
+    # Not `variable[index].assign`: such a variable is copied at each later read.
+    name = keras.backend.standardize_dtype(variable.dtype)
+    whole = _aligned(np.empty, tuple(variable.shape), name)
+    for index, array in parts:
+        whole[... if index is None else index] = array.view(whole.dtype)
+    variable.assign(_share(whole, name))
+
+
+def unwritten_zeros(shape, dtype):
+    return _share(_aligned(np.zeros, tuple(shape), dtype), dtype)
+
+
+def _aligned(make, shape, name):
+    """An array whose memory TensorFlow takes as it is; bfloat16 as int16."""
+    dtype = np.dtype("int16" if name == "bfloat16" else name)
+    size = math.prod(shape) * dtype.itemsize
+    memory = make(size + _ALIGNMENT, "uint8")
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _share(array, name):
+    tensor = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.bitcast(tensor, tf.bfloat16) if name == "bfloat16" else tensor
 
 
 def forget_traces():

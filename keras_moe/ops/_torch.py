@@ -4,6 +4,7 @@ N  rows     D  features in      H  features out     E  groups
 """
 
 import torch
+from keras import ops
 
 from keras_moe.ops._stages import stage_outputs
 
@@ -164,10 +165,21 @@ def inverse_permutation(permutation):
     return torch.empty_like(places).scatter_(0, permutation.long(), places)
 
 
-def from_numpy(array):
+def _from_numpy(array):
     if array.dtype.name == "bfloat16":  # which NumPy has from another package
         return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
     return torch.from_numpy(array)
+
+
+@torch.no_grad()
+def assign_parts(variable, parts):
+    for index, array in parts:
+        target = variable.value if index is None else variable.value[index]
+        target.copy_(_from_numpy(array))
+
+
+def unwritten_zeros(shape, dtype):
+    return ops.zeros(shape, dtype)
 
 
 def forget_traces():
