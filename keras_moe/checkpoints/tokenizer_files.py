@@ -120,6 +120,10 @@ def _special_tokens(folder):
             if isinstance(token_id, int):
                 token = _id_to_token(folder, token_id)
         found[argument] = token
+    ends = numbered.get("eos_token_id")
+    ends = [_id_to_token(folder, i) for i in ends] if isinstance(ends, list) else []
+    # What the file of a vocabulary does not hold cannot come out of it.
+    found["stop_tokens"] = [t for t in ends if t not in (None, found["end_token"])]
     return found
 
 
@@ -246,6 +250,8 @@ def write_tokenizer(folder, preprocessor):
         for argument, key in _TOKENS.items()
         if getattr(tokenizer, argument) is not None
     }
+    if tokenizer.stop_tokens:
+        ids["eos_token_id"] = list(tokenizer.stop_token_ids)
     if has_source:
         ids["pad_token_id"] = tokenizer.pad_token_id
         start = tokenizer.start_token_id

@@ -55,6 +55,13 @@ class LanguageModel(TakesPyDatasets, PretrainedTask):
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
+    def _stops(self, stop_token_ids):
+        """What stops `generate`: `"auto"` stands for all that the tokenizer names."""
+        automatic = isinstance(stop_token_ids, str) and stop_token_ids == "auto"
+        if automatic and self.preprocessor is not None:
+            return self.preprocessor.tokenizer.stop_token_ids
+        return stop_token_ids
+
     def _sample(self, step, prompt, padding_mask, cache, hidden_states, stop_token_ids):
         """Continues prompts by the sampler.
 

@@ -123,7 +123,10 @@ class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
         """
         self._check_prompt(inputs, max_length)
         return super().generate(
-            inputs, max_length=max_length, stop_token_ids=stop_token_ids, **kwargs
+            inputs,
+            max_length=max_length,
+            stop_token_ids=self._stops(stop_token_ids),
+            **kwargs,
         )
 
     def _check_prompt(self, inputs, max_length):

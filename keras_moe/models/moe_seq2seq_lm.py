@@ -172,7 +172,10 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
             inputs = dict(inputs)  # KerasHub changes it
         self._check_generate_inputs(inputs, max_length)
         return super().generate(
-            inputs, max_length=max_length, stop_token_ids=stop_token_ids, **kwargs
+            inputs,
+            max_length=max_length,
+            stop_token_ids=self._stops(stop_token_ids),
+            **kwargs,
         )
 
     def _check_generate_inputs(self, inputs, max_length):

@@ -60,6 +60,8 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         extra_ids: int. How many sentinel tokens T5 adds to a SentencePiece model:
             `"<extra_id_0>"` has the highest id. Unlike other special tokens they
             are recognised in a text, and the spaces around them have no meaning.
+        stop_tokens: list of str or None. Further tokens that stop generation, such
+            as the one that ends a turn of a conversation.
         dtype: str. The integer dtype of token ids.
         **kwargs: Further arguments of `keras_hub.tokenizers.Tokenizer`, such as
             `name`.
@@ -99,6 +101,7 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         pad_token=None,
         dtype="int32",
         extra_ids=0,
+        stop_tokens=None,
         **kwargs,
     ):
         super().__init__(dtype=dtype, **kwargs)
@@ -120,6 +123,7 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         self.end_token = end_token
         self.pad_token = pad_token
         self.extra_ids = extra_ids
+        self.stop_tokens = list(stop_tokens or ())
         self.start_token_id = None
         self.end_token_id = None
         self.pad_token_id = None
@@ -131,16 +135,22 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
             self._set_model(_BytePair(source, extra_ids))
 
     def _set_model(self, model):
-        for argument in ("start_token", "end_token", "pad_token"):
-            token = getattr(self, argument)
-            token_id = None if token is None else model.find(token)
-            if token is not None and token_id is None:
+        def find(argument, token):
+            token_id = model.find(token)
+            if token_id is None:
                 raise ValueError(
                     f"`{argument}` must be in the vocabulary. Received: "
                     f"{argument}={token!r}, which is none of the {model.size} "
                     f"tokens of the {model.kind}."
                 )
+            return token_id
+
+        for argument in ("start_token", "end_token", "pad_token"):
+            token = getattr(self, argument)
+            token_id = None if token is None else find(argument, token)
             setattr(self, f"{argument}_id", token_id)
+        stops = [find("stop_tokens", token) for token in self.stop_tokens]
+        self.stop_token_ids = (self.end_token_id, *stops)
         if self.pad_token is None:
             # 0 as in KerasHub; `or` serves a "<pad>" at 0 as well.
             self.pad_token_id = model.find("<pad>") or 0
@@ -266,8 +276,8 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
 
     @property
     def special_tokens(self):
-        """The start, end and padding tokens, of those that exist."""
-        tokens = [self.start_token, self.end_token, self.pad_token]
+        """The start, end, padding and stop tokens, of those that exist."""
+        tokens = [self.start_token, self.end_token, self.pad_token, *self.stop_tokens]
         if self.pad_token is None and self._loaded_model().find("<pad>") is not None:
             tokens.append("<pad>")
         return list(dict.fromkeys(token for token in tokens if token is not None))
@@ -317,6 +327,7 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
             "end_token": self.end_token,
             "pad_token": self.pad_token,
             "extra_ids": self.extra_ids,
+            "stop_tokens": self.stop_tokens,
         }
 
     @classmethod

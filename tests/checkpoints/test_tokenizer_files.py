@@ -104,8 +104,41 @@ def test_special_tokens_by_their_ids(tmp_path, sentencepiece_model):
     tokenizer = MoETokenizer.from_preset(str(tmp_path))
     assert tokenizer.start_token is None
     assert tokenizer.end_token_id == 2
+    assert tokenizer.stop_token_ids == (2, 5)
     preprocessor = MoECausalLMPreprocessor.from_preset(str(tmp_path))
     assert not preprocessor.add_start_token
+
+
+def test_stops_at_every_end_token(tmp_path, byte_pair_file):
+    """As Transformers does, which has a list of them in `generation_config.json`."""
+    theirs = _checkpoint(tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(byte_pair_file))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    _write(tmp_path, "tokenizer_config.json", eos_token=tokenizer.id_to_token(2))
+    prompt = "The statement"
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+
+    def expected():
+        prompts, length = torch.tensor([ids]), len(ids) + 6
+        tokens = theirs.generate(
+            prompts, do_sample=False, max_length=length, pad_token_id=0
+        )
+        return tokens[0, len(ids) :].tolist()
+
+    theirs.generation_config.eos_token_id = None
+    stop = expected()[2]
+    theirs.generation_config.eos_token_id = [2, stop]
+    theirs.generation_config.save_pretrained(tmp_path)
+    new = expected()
+    assert new[-1] == stop and len(new) <= 3
+    ours = MoECausalLM.from_preset(str(tmp_path))
+    assert ours.preprocessor.tokenizer.stop_token_ids == (2, stop)
+    ours.compile(sampler="greedy")
+    text = ours.generate(prompt, max_length=len(ids) + 6)
+    assert text == tokenizer.decode([*ids, *new[:-1]])
+    ours.export_to_transformers(tmp_path / "out")
+    config = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert config["eos_token_id"] == [2, stop]
 
 
 @pytest.mark.parametrize(
