@@ -11,7 +11,7 @@ import keras
 
 from keras_moe import checks
 from keras_moe.layers.initializers import fresh_per_expert
-from keras_moe.ops import Stage, grouped_apply, grouped_matmul
+from keras_moe.ops import Stage, grouped_apply
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -106,10 +106,12 @@ class Experts(keras.layers.Layer):
         if self.dropout and training:
             # One mask for all rows: a stage sees some of them, and on the way back
             # sees them again.
-            inner = (grouped_matmul(inputs, kernel, group_sizes) for kernel in inner)
-            hidden = _activate(self.activation, inner)
+            def product(rows, kernel):
+                return grouped_apply([Stage(project_all, (kernel,))], rows, group_sizes)
+
+            hidden = _activate(self.activation, [product(inputs, k) for k in inner])
             hidden = self.hidden_dropout(hidden, training=True)
-            return grouped_matmul(hidden, self.down_kernel, group_sizes)
+            return product(hidden, self.down_kernel)
         stages = [
             Stage(project_all, inner),
             Stage(_Narrow(self.activation), (self.down_kernel,)),

