@@ -49,7 +49,8 @@ class SpanCorruption:
         sentinel_ids: sequence of int: the ids of the sentinels, first to last.
         end_id: int: what closes inputs and targets.
         pad_id: int: what fills both up.
-        start_id: int: what a decoder starts from; None for `pad_id`, as T5 does.
+        start_id: int: what a decoder starts from; None for the tokenizer's start
+            token, and where it has none for `pad_id`, as T5 does.
 
     Call arguments:
         tokens: the ids of a text, int `[L]` with L from 2 to `tokens_length`; or a
@@ -111,6 +112,7 @@ class SpanCorruption:
                 sentinel_ids = _find_sentinels(tokenizer, self.num_spans)
             end_id = tokenizer.end_token_id if end_id is None else end_id
             pad_id = tokenizer.pad_token_id if pad_id is None else pad_id
+            start_id = tokenizer.start_token_id if start_id is None else start_id
         for name, value in (
             ("sentinel_ids", sentinel_ids),
             ("end_id", end_id),
@@ -388,13 +390,13 @@ def _random_partition(total, parts, rng):
 
 
 def _find_sentinels(tokenizer, count):
-    ids = {token: i for i, token in enumerate(tokenizer.get_vocabulary())}
+    ids = tokenizer.sentinel_token_ids
     wanted = [SENTINEL.format(i) for i in range(count)]
-    missing = [token for token in wanted if token not in ids]
+    missing = wanted[len(ids) :]
     if missing:
         raise ValueError(
             f"`tokenizer` must have a sentinel token for each of {count} spans, "
             f"{wanted[0]!r} to {wanted[-1]!r}. Received: a tokenizer without "
             f"{', '.join(map(repr, missing))}"
         )
-    return [ids[token] for token in wanted]
+    return ids[:count]

@@ -310,7 +310,12 @@ class TestTokenizers:
         spans = corruption.num_spans
         assert corruption.sentinel_ids.tolist() == [highest - i for i in range(spans)]
         assert corruption.end_id == tokenizer.end_token_id
-        assert corruption.start_id == corruption.pad_id == tokenizer.pad_token_id
+        assert corruption.pad_id == tokenizer.pad_token_id
+        assert corruption.start_id == tokenizer.start_token_id
+        config = {**tokenizer.get_config(), "start_token": None}
+        source = json.loads(tokenizer._model.source)
+        without = MoETokenizer(**{**config, "tokenizer_json": source})
+        assert SpanCorruption(32, without).start_id == corruption.pad_id
         own = SpanCorruption(32, tokenizer, end_id=17, start_id=18)
         assert (own.end_id, own.start_id, own.pad_id) == (17, 18, corruption.pad_id)
 
