@@ -61,8 +61,13 @@ demo: .venv/$(DEMO)/.installed
 test: $(TESTS)
 
 # On the CPU, two processes of a thread each, whatever the machine has. XLA spends most
-# of the time compiling programs that run once, so it is told to optimise little.
+# of the time compiling programs that run once, so it is told to optimise little, and
+# JAX to keep every program on disk: another model of the same shapes, the other process
+# and the guides take it from there.
 $(BACKENDS:%=test-%): export CUDA_VISIBLE_DEVICES := -1
+$(BACKENDS:%=test-%): export JAX_COMPILATION_CACHE_DIR := $(CURDIR)/.venv/test/jax
+$(BACKENDS:%=test-%): export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+$(BACKENDS:%=test-%): export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES := -1
 $(BACKENDS:%=test-%): export JAX_PLATFORMS := cpu
 $(BACKENDS:%=test-%): export KERAS_TORCH_DEVICE := cpu
 $(BACKENDS:%=test-%): export MPLBACKEND := agg

@@ -11,6 +11,7 @@ import pytest
 from keras import ops
 
 import keras_moe
+from keras_moe.ops._backend import backend
 from tests import execution
 from tests.models.small_models import small_backbone
 
@@ -69,7 +70,11 @@ def _twins(family, **overrides):
         value = value + 1.0 if len(weight.shape) == 1 else value
         weight.assign(value)
         other.assign(value)
-    return dense, keras_moe.sparsify(sparse)
+    with pytest.MonkeyPatch.context() as patch:
+        # Of a new model nothing is traced. JAX would forget the programs of all eager
+        # operations as well, and compile them again in every test.
+        patch.setattr(backend, "forget_traces", lambda: None)
+        return dense, keras_moe.sparsify(sparse)
 
 
 def _inputs(batch=3, length=7, padding=True, seed=0):
