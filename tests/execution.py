@@ -15,6 +15,12 @@ MODES = {
 }[keras.config.backend()]
 COMPILED = MODES[-1]  # what `Model.fit` does by default
 
+# In how many ways `Model.fit` runs a step, as arguments of `compile`. JAX without
+# `jit_compile` is eager.
+TRAINING = {"eager": {"run_eagerly": True}, "compiled": {}}
+if keras.config.backend() == "tensorflow":
+    TRAINING["without_xla"] = {"jit_compile": False}
+
 
 def numpy(value):
     """A structure of tensors as NumPy, floats as float64."""

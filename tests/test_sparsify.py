@@ -267,8 +267,8 @@ def test_idle_experts_are_not_computed(family, dtype):
     assert np.isnan(_numpy(sparse(_one_token()))).all()
 
 
-@of_families
-def test_what_was_compiled_before_is_dropped(family):
+def test_what_was_compiled_before_is_dropped(family="qwen_moe"):
+    # One family, as nothing about it differs between them.
     idle = _idle_experts(family, "float32")
     task, _ = _twins(family, num_layers=1)
     inputs = _one_token()

@@ -10,6 +10,7 @@ from keras_moe.models import (
     MoECausalLMPreprocessor,
     MoETokenizer,
 )
+from tests import execution
 from tests.models.small_models import (
     LATENT,
     SETTINGS,
@@ -131,17 +132,10 @@ def test_score():
         causal_lm.score(ids, scoring_mode="loss")
 
 
-MODES = {"eager": {"run_eagerly": True}}
-if keras.config.backend() != "torch":
-    MODES |= {f"jit_{m}": {"jit_compile": m} for m in ("auto", True, False)}
-else:
-    MODES |= {"auto": {}}
-
-
 def test_training_is_the_same_eager_and_compiled():
     x, y = full(random_ids(4, 6)), random_ids(4, 6, seed=7)
     results = {}
-    for mode, arguments in MODES.items():
+    for mode, arguments in execution.TRAINING.items():
         keras.utils.set_random_seed(3)
         causal_lm = small_causal_lm(balance_loss=0.01, z_loss=1e-3)
         causal_lm.compile(optimizer=keras.optimizers.SGD(0.1), **arguments)

@@ -9,6 +9,7 @@ from keras_moe.models import (
     MoESeq2SeqLMPreprocessor,
     MoETokenizer,
 )
+from tests import execution
 from tests.models.small_models import (
     random_ids,
     small_seq2seq_lm,
@@ -239,16 +240,11 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused():
         small_seq2seq_lm(preprocessor(), vocabulary_size=29)
 
 
-MODES = {"eager": {"run_eagerly": True}, "compiled": {}}
-if keras.config.backend() == "tensorflow":
-    MODES["without_xla"] = {"jit_compile": False}
-
-
 def test_training_is_the_same_eager_and_compiled():
     batch = source_and_target(SOURCES, [random_ids(6, seed=i) for i in range(3)])
     y = random_ids(3, 6, seed=7)
     results = {}
-    for mode, arguments in MODES.items():
+    for mode, arguments in execution.TRAINING.items():
         keras.utils.set_random_seed(3)
         seq2seq_lm = small_seq2seq_lm(balance_loss=0.01, z_loss=1e-3, recompute=True)
         seq2seq_lm.compile(optimizer=keras.optimizers.SGD(0.1), **arguments)
