@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from keras_moe import architecture
 from keras_moe.checkpoints import memory, tables
-from keras_moe.checkpoints.config_reader import ConfigReader
 from keras_moe.checkpoints.families import find_family
 from keras_moe.checkpoints.shards import DTYPES, Shards, read_json
 from keras_moe.layers.initializers import skipped
@@ -45,7 +44,7 @@ def read_settings(folder):
     """
     config = read_json(pathlib.Path(folder) / "config.json")
     family = find_family(config)
-    read = ConfigReader(config)
+    read = family.reader(config)
     _check_quantization(read)
     settings = family.settings(read)
     read.finish()

@@ -1,5 +1,6 @@
 """Checkpoints that Transformers made, computed by us."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ import transformers
 from keras import ops
 
 import keras_moe
+from keras_moe.checkpoints.families import FAMILIES, find_family
 from keras_moe.models import MoEBackbone, MoECausalLM
 from tests.checkpoints.small_checkpoints import (
     CONFIGS,
@@ -506,6 +508,78 @@ def test_a_missing_key_means_what_it_does_to_transformers(tmp_path, name, key):
     del config[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     _assert_equal_logits(tmp_path)
+
+
+# Of the code that comes with DeepSeekMoE's checkpoint.
+_DEEPSEEK_DEFAULTS = {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "moe_intermediate_size": 1407,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "n_shared_experts": None,
+    "n_routed_experts": None,
+    "num_experts_per_tok": None,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+}
+
+
+def _class_defaults(model_type):
+    if model_type == "deepseek":
+        return _DEEPSEEK_DEFAULTS
+    found = transformers.CONFIG_MAPPING[model_type]
+    fields = {field.name: field.default for field in dataclasses.fields(found)}
+    plain = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
+    return {**plain, "rope_theta": found.default_theta}
+
+
+def _read(config):
+    """The settings that a configuration means, or what it is refused with."""
+    family = find_family(config)
+    try:
+        return family.settings(family.reader(config))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "model_type", [name for name, family in FAMILIES.items() if not family.has_encoder]
+)
+def test_a_missing_key_means_the_default_of_its_class(model_type):
+    defaults = _class_defaults(model_type)
+    small = CONFIGS.get(model_type, {**CONFIGS["qwen2_moe"], "n_routed_experts": 6})
+    small = {**small, "model_type": model_type}
+    for config in (small, {"model_type": model_type, "num_experts_per_tok": 2}):
+        for key, default in defaults.items():
+            without = {k: v for k, v in config.items() if k != key}
+            assert _read(without) == _read({**without, key: default}), key
+    complete = {**defaults, "model_type": model_type, "num_experts_per_tok": 2}
+    assert _read(complete) == _read(config)
+
+
+@pytest.mark.parametrize("part", ["attn_config", "ffn_config"])
+def test_a_missing_key_of_a_part_of_dbrx(part):
+    whole = CONFIGS["dbrx"]
+    cls = transformers.CONFIG_MAPPING["dbrx"].sub_configs[part]
+    own = [name for name in cls.__annotations__ if name != "base_config_key"]
+    assert len(own) >= 3
+    for key in own:
+        without = {k: v for k, v in whole[part].items() if k != key}
+        given = {**without, key: getattr(cls, key)}
+        assert _read({**whole, part: without}) == _read({**whole, part: given}), key
 
 
 def _assert_equal_logits(folder):

@@ -8,11 +8,21 @@ import math
 from collections.abc import Callable
 
 from keras_moe import architecture
-from keras_moe.checkpoints.config_reader import ACTIVATIONS, as_number
+from keras_moe.checkpoints.config_reader import ACTIVATIONS, ConfigReader, as_number
 from keras_moe.checkpoints.tables import Table
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# What most families' configurations mean where a key is missing.
+DEFAULTS = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "norm_topk_prob": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 # Scaling of rotary angles: the checkpoint's keys and ours, by kind.
 _ROPE_KEYS = {
     "linear": {"factor": "factor"},
@@ -58,6 +68,8 @@ class Family:
         settings: callable from a `ConfigReader` to a dict of settings.
         config: callable from settings, all of them, to a dict for `config.json`.
         entries: callable from settings, all of them, to a list of `Entry`.
+        defaults: dict: what a key of `config.json` means that is missing.
+        aliases: dict: other names that releases of Transformers write keys by.
         ignored: callable `(name, settings) -> bool`: whether a tensor that no entry
             names may be left aside.
         stand_ins: dict: by the name of a tensor that a checkpoint may not hold,
@@ -72,13 +84,19 @@ class Family:
     settings: Callable
     config: Callable
     entries: Callable
+    defaults: dict = dataclasses.field(default_factory=dict)
+    aliases: dict = dataclasses.field(default_factory=dict)
     ignored: Callable = may_be_ignored
     stand_ins: dict = dataclasses.field(default_factory=dict)
     has_encoder: bool = False
     empty: Callable = lambda settings: {}
 
+    def reader(self, config):
+        """The `ConfigReader` of a `config.json` of this family."""
+        return ConfigReader(config, self.defaults, self.aliases)
 
-def size_settings(read, epsilon):
+
+def size_settings(read):
     """The settings that every family but DBRX reads from the same keys."""
     heads = read.integer("num_attention_heads")
     return {
@@ -89,9 +107,9 @@ def size_settings(read, epsilon):
         "num_key_value_heads": read.integer("num_key_value_heads", heads),
         "activation": read.activation(),
         "norm": "rms",
-        "norm_epsilon": read.number("rms_norm_eps", epsilon),
+        "norm_epsilon": read.number("rms_norm_eps"),
         "tied_embeddings": read.flag("tie_word_embeddings"),
-        "initializer_stddev": read.number("initializer_range", 0.02),
+        "initializer_stddev": read.number("initializer_range"),
         "context_length": read.integer("max_position_embeddings", None),
     }
 
@@ -120,7 +138,7 @@ def to_activation(name):
 
 def rope_settings(
     read,
-    theta=10000.0,
+    theta=None,
     kinds=("linear", "yarn", "llama3"),
     context_key="max_position_embeddings",
 ):
@@ -128,7 +146,7 @@ def rope_settings(
 
     Args:
         read: a `ConfigReader`.
-        theta: float, the base where none is given.
+        theta: float or None, the base where neither says one.
         kinds: the kinds of scaling that the family's own code has.
         context_key: str, the key of the context length.
     """
@@ -197,17 +215,10 @@ def rope_config(s):
     return config
 
 
-def count_of_experts(read, *keys):
-    """E, under any of the names that releases of Transformers write it by."""
-    read.harmless(*keys)
-    given = [key for key in keys if read.get(key) is not None]
-    return read.integer(given[0] if given else keys[0])
-
-
-def dense_or_mixture(read, step_key="decoder_sparse_step"):
+def dense_or_mixture(read):
     """Which layers are mixtures, from Qwen's keys."""
     layers = read.integer("num_hidden_layers")
-    step = read.integer(step_key, 1)
+    step = read.integer("decoder_sparse_step")
     dense = read.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
         read.refuse("mlp_only_layers", "a list of layers")
