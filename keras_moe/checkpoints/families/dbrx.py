@@ -2,6 +2,11 @@
 
 Its projections of queries, keys and values are one tensor, and so are the matrices of
 all experts.
+
+The base of the rotary angles stands within `attn_config` where a checkpoint is as it
+was published, and is read there. Transformers 5.23 reads it at the top alone: of such a
+checkpoint (base 500000) it takes its own default, 10000, in silence, and so computes
+another model. Without any base both take 10000. An export states it in both places.
 """
 
 from keras_moe import architecture
