@@ -70,11 +70,16 @@ class Family:
         entries: callable from settings, all of them, to a list of `Entry`.
         defaults: dict: what a key of `config.json` means that is missing.
         aliases: dict: other names that releases of Transformers write keys by.
+        stacked: callable as `entries`, for checkpoints that hold the experts of a
+            layer in one tensor, as Transformers 5 does in memory and writes with
+            `save_original_format=False`. None where there are none.
         ignored: callable `(name, settings) -> bool`: whether a tensor that no entry
             names may be left aside.
         stand_ins: dict: by the name of a tensor that a checkpoint may not hold,
             those that have the same values, the first that is there serving.
         has_encoder: bool: it is a `MoESeq2SeqBackbone`, else a `MoEBackbone`.
+        variant: callable from a `config.json`, a dict, to the family whose tensors lie
+            as it says; None where all lie alike.
         empty: callable from settings to the shapes by name of tensors without
             elements, which Transformers expects and our model has nothing for.
     """
@@ -84,11 +89,13 @@ class Family:
     settings: Callable
     config: Callable
     entries: Callable
+    stacked: Callable | None = None
     defaults: dict = dataclasses.field(default_factory=dict)
     aliases: dict = dataclasses.field(default_factory=dict)
     ignored: Callable = may_be_ignored
     stand_ins: dict = dataclasses.field(default_factory=dict)
     has_encoder: bool = False
+    variant: Callable | None = None
     empty: Callable = lambda settings: {}
 
     def reader(self, config):
@@ -171,7 +178,8 @@ def rope_settings(
         # Left behind by other kinds, and without effect on this one.
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in kinds:
-        read.refuse(key, f"of type {', '.join(map(repr, ('default', *kinds)))}")
+        known = ", ".join(map(repr, ("default", *kinds)))
+        read.refuse(key, f"of type {known}, and not {kind!r}")
     # What another kind would read is left behind by it, and without effect.
     unknown = sorted(
         set(parameters) - {k for keys in _ROPE_KEYS.values() for k in keys}
@@ -311,8 +319,13 @@ def mixture(
     shared=None,
     router="gate",
     expert="experts.{}",
+    stacked=False,
 ):
-    """Adds a router and experts stored singly, and shared experts named `shared`."""
+    """Adds a router and experts, and shared experts named `shared`.
+
+    The experts are stored singly, or `stacked`: the tensor `gate_up_proj` holds of
+    each the gate's rows and then the other's, and `down_proj` the rest.
+    """
     s = table.settings
     features, hidden = s["hidden_dim"], s["expert_dim"]
     experts = s["num_experts"]
@@ -328,12 +341,19 @@ def mixture(
     shapes["down"] = (hidden, features)
     for kernel, name in zip([*shapes][-len(names) :], names, strict=True):
         for index in range(experts):
+            tensor, where = f"{theirs}.{expert.format(index)}.{name}.weight", {}
+            if stacked:
+                part = "down" if kernel == "down" else "gate_up"
+                tensor = f"{theirs}.experts.{part}_proj"
+                row = {"gate": 2 * index, "up": 2 * index + 1, "down": index}[kernel]
+                where = {"row": row * shapes[kernel][1], "stacked": experts}
             table.add(
-                f"{theirs}.{expert.format(index)}.{name}.weight",
+                tensor,
                 f"{ours}.experts.{kernel}_kernel",
                 shapes[kernel],
                 inputs=1,
                 index=index,
+                **where,
             )
     if shared is not None and architecture.shared_dim(s):
         feed_forward(
@@ -351,7 +371,14 @@ def mixture(
         )
 
 
-def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=None):
+def decoder(
+    settings,
+    add_attention=attention,
+    block="mlp",
+    names=GATED,
+    shared=None,
+    stacked=False,
+):
     """The entries of a decoder named as Llama's.
 
     Args:
@@ -360,6 +387,7 @@ def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=
         block: str, the name of the second sublayer.
         names: the names of an expert's matrices: gate, up, down.
         shared: str or None, the name of the shared experts.
+        stacked: bool, whether all experts of a layer are in one tensor.
     """
     table = Table(settings)
     embeddings(table)
@@ -370,7 +398,7 @@ def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=
         add_attention(table, f"{theirs}.self_attn", f"{ours}.attention")
         second = f"{theirs}.{block}", f"{ours}.feed_forward"
         if architecture.is_mixture(settings, layer):
-            mixture(table, *second, names=names, shared=shared)
+            mixture(table, *second, names=names, shared=shared, stacked=stacked)
         else:
             feed_forward(table, *second, settings["dense_dim"])
     return table.entries

@@ -5,6 +5,7 @@
 [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437))
 """
 
+import dataclasses
 import functools
 import re
 import warnings
@@ -136,16 +137,17 @@ def _latent_config(s):
     }
 
 
-def _latent_attention(table, theirs, ours):
+def _latent_attention(table, theirs, ours, interleaved=True):
     s = table.settings
     features, heads = (s["hidden_dim"],), s["num_query_heads"]
     plain, rotary, values = s["head_dim"], s["rope_head_dim"], s["value_head_dim"]
     query_rank, rank = s["query_rank"], s["key_value_rank"]
+    pairs = rotary if interleaved else 0
     bias = s["attention_bias"] == "all"
     queries = (heads, plain + rotary)
     if query_rank is None:
         table.linear(
-            f"{theirs}.q_proj", f"{ours}.query", features, queries, rotary=rotary
+            f"{theirs}.q_proj", f"{ours}.query", features, queries, rotary=pairs
         )
     else:
         table.linear(
@@ -161,7 +163,7 @@ def _latent_attention(table, theirs, ours):
             f"{ours}.query_up",
             (query_rank,),
             queries,
-            rotary=rotary,
+            rotary=pairs,
         )
     table.linear(
         f"{theirs}.kv_a_proj_with_mqa",
@@ -169,7 +171,7 @@ def _latent_attention(table, theirs, ours):
         features,
         (rank + rotary,),
         bias,
-        rotary=rotary,
+        rotary=pairs,
     )
     table.add(
         f"{theirs}.kv_a_layernorm.weight", f"{ours}.key_value_down_norm.scale", (rank,)
@@ -240,8 +242,9 @@ def _no_shared_experts(settings):
     }
 
 
-def _latent_entries(settings):
-    return common.decoder(settings, _latent_attention, shared="shared_experts")
+def _latent_entries(settings, interleaved=True, stacked=False):
+    attention = functools.partial(_latent_attention, interleaved=interleaved)
+    return common.decoder(settings, attention, shared="shared_experts", stacked=stacked)
 
 
 DEEPSEEK_V2 = common.Family(
@@ -250,6 +253,7 @@ DEEPSEEK_V2 = common.Family(
     settings=_v2_settings,
     config=_v2_config,
     entries=_latent_entries,
+    stacked=functools.partial(_latent_entries, stacked=True),
     defaults={
         **_LATENT_DEFAULTS,
         "vocab_size": 102400,
@@ -274,8 +278,7 @@ def _v3_settings(read):
     read.only("scoring_func", "sigmoid")
     read.only("topk_method", "noaux_tc")
     read.only("moe_layer_freq", 1)
-    if not read.flag("rope_interleave"):
-        read.refuse("rope_interleave", "true")
+    read.flag("rope_interleave")  # how tensors lie, see `_v3_variant`
     # Layers that predict several tokens at once, which generation can do without.
     read.harmless("num_nextn_predict_layers", "num_mtp_layers", "quantization_config")
     return {
@@ -300,12 +303,22 @@ def _v3_config(s):
     }
 
 
+def _v3_variant(config):
+    if config.get("rope_interleave", True):
+        return DEEPSEEK_V3
+    # Rotary features lie in halves, as ours do.
+    entries = functools.partial(_latent_entries, interleaved=False)
+    stacked = functools.partial(entries, stacked=True)
+    return dataclasses.replace(DEEPSEEK_V3, entries=entries, stacked=stacked)
+
+
 DEEPSEEK_V3 = common.Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     settings=_v3_settings,
     config=_v3_config,
     entries=_latent_entries,
+    stacked=functools.partial(_latent_entries, stacked=True),
     defaults={
         **_LATENT_DEFAULTS,
         "vocab_size": 129280,
@@ -327,6 +340,7 @@ DEEPSEEK_V3 = common.Family(
         "rope_interleave": True,
     },
     aliases=_ALIASES,
+    variant=_v3_variant,
     ignored=_ignored,
     empty=_no_shared_experts,
 )

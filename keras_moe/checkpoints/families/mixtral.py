@@ -1,5 +1,7 @@
 """Mixtral ([Jiang et al., 2024](https://arxiv.org/abs/2401.04088))."""
 
+import functools
+
 from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
@@ -41,6 +43,7 @@ MIXTRAL = common.Family(
     settings=_settings,
     config=_config,
     entries=_entries,
+    stacked=functools.partial(common.decoder, stacked=True),
     defaults={
         **common.DEFAULTS,
         "vocab_size": 32000,

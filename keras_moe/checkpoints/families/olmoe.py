@@ -1,5 +1,7 @@
 """OLMoE ([Muennighoff et al., 2024](https://arxiv.org/abs/2409.02060))."""
 
+import functools
+
 from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
@@ -39,6 +41,7 @@ OLMOE = common.Family(
     settings=_settings,
     config=_config,
     entries=common.decoder,
+    stacked=functools.partial(common.decoder, stacked=True),
     defaults={
         **common.DEFAULTS,
         "vocab_size": 50304,

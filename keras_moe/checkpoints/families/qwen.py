@@ -111,6 +111,7 @@ QWEN2_MOE = common.Family(
     settings=_qwen2_settings,
     config=_qwen2_config,
     entries=functools.partial(common.decoder, shared="shared_expert"),
+    stacked=functools.partial(common.decoder, shared="shared_expert", stacked=True),
     defaults={
         **_DEFAULTS,
         "intermediate_size": 5632,
@@ -154,6 +155,7 @@ QWEN3_MOE = common.Family(
     settings=_qwen3_settings,
     config=_qwen3_config,
     entries=common.decoder,
+    stacked=functools.partial(common.decoder, stacked=True),
     defaults={
         **_DEFAULTS,
         "intermediate_size": 6144,
