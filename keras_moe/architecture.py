@@ -9,6 +9,7 @@ settings of its stack.
 import inspect
 
 from keras_moe import checks
+from keras_moe.layers.rotary import check_scaling
 
 _NOT_SETTINGS = ("self", "dtype", "kwargs")
 _OF_LAYERS = ("dtype", "name", "trainable")
@@ -254,6 +255,7 @@ def _check_attention(settings):
                 '`positions` must be "rotary" with `attention="latent"`. '
                 f"Received: positions={settings['positions']!r}"
             )
+    check_scaling(settings["rope_scaling"])
     if settings["sliding_layers"] is not None and settings["sliding_window"] is None:
         raise ValueError(
             "`sliding_layers` needs a `sliding_window`. "

@@ -34,11 +34,22 @@ class ConfigReader:
 
     Args:
         config: dict.
+        defaults: dict or None: what a key means that is missing. A key that is null
+            is not missing.
+        aliases: dict or None: other names of keys, and theirs. A key's own name goes
+            before them.
     """
 
-    def __init__(self, config):
-        self.config = config
-        self._read = set()
+    def __init__(self, config, defaults=None, aliases=None):
+        self._given = config
+        self._defaults = defaults or {}
+        self._read = set(aliases or ())
+        other_names = {
+            key: config[alias]
+            for alias, key in (aliases or {}).items()
+            if config.get(alias) is not None and config.get(key) is None
+        }
+        self.config = {**self._defaults, **config, **other_names}
 
     def get(self, key, default=None):
         """A value as it is; `default` where it is missing or null."""
@@ -73,7 +84,8 @@ class ConfigReader:
         """A bool, or `default`; null says no in Transformers, and so not True."""
         value = self.get(key, default)
         null = key in self.config and self.config[key] is None
-        if not isinstance(value, bool) or (null and default):
+        is_set = default or self._defaults.get(key)
+        if not isinstance(value, bool) or (null and is_set):
             self.refuse(key, "true or false")
         return value
 
@@ -109,12 +121,12 @@ class ConfigReader:
 
     def finish(self):
         """Warns of keys that nothing has read, as they may change what is computed."""
-        left = sorted(set(self.config) - self._read - HARMLESS)
-        left = [key for key in left if self.config[key] is not None]
+        left = sorted(set(self._given) - self._read - HARMLESS)
+        left = [key for key in left if self._given[key] is not None]
         if left:
             warnings.warn(
                 f"`config.json` has keys that are not known and were ignored: "
-                f"{', '.join(f'{key}={self.config[key]!r}' for key in left)}",
+                f"{', '.join(f'{key}={self._given[key]!r}' for key in left)}",
                 stacklevel=2,
             )
 

@@ -12,7 +12,6 @@ import numpy as np
 
 from keras_moe import architecture
 from keras_moe.checkpoints import tables
-from keras_moe.checkpoints.config_reader import ConfigReader
 from keras_moe.checkpoints.families import FAMILIES
 from keras_moe.checkpoints.loading import numpy_dtype
 from keras_moe.checkpoints.shards import INDEX, SINGLE, ShardWriter
@@ -156,7 +155,8 @@ def find_export(settings):
 
 
 def _read(family, config):
-    return family.settings(ConfigReader({"model_type": family.model_type, **config}))
+    read = family.reader({"model_type": family.model_type, **config})
+    return family.settings(read)
 
 
 def _without_effect(settings):

@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from keras_moe import architecture
 from keras_moe.checkpoints import memory, tables
-from keras_moe.checkpoints.config_reader import ConfigReader
 from keras_moe.checkpoints.families import find_family
 from keras_moe.checkpoints.shards import DTYPES, Shards, read_json
 from keras_moe.layers.initializers import skipped
 from keras_moe.ops import assign_parts
 
 _OUTPUT = "lm_head.weight"
+_STACK = ".mlp.experts.gate_up_proj"
 _ROWS = 4096  # compared at once
 _SCALE = "_scale_inv"  # of weights in float8, next to them
 
@@ -45,7 +45,7 @@ def read_settings(folder):
     """
     config = read_json(pathlib.Path(folder) / "config.json")
     family = find_family(config)
-    read = ConfigReader(config)
+    read = family.reader(config)
     _check_quantization(read)
     settings = family.settings(read)
     read.finish()
@@ -94,13 +94,17 @@ def load_backbone(
     if not load_weights:
         return backbone_cls(**settings, dtype=dtype)
     complete = architecture.complete(settings, backbone_cls)
-    entries = family.entries(complete)
+    architecture.check(complete)
     with Shards(folder) as shards:
+        tabulate = family.entries
+        if family.stacked is not None and _has_stacks(shards):
+            tabulate = family.stacked
+        entries = tabulate(complete)
         may_untie = not family.has_encoder and "tied_embeddings" not in kwargs
         if may_untie and _has_own_output(shards, entries):
             # As in Transformers: what the checkpoint holds goes before what it says.
             settings["tied_embeddings"] = complete["tied_embeddings"] = False
-            entries = family.entries(complete)
+            entries = tabulate(complete)
         entries = [_with_stand_in(entry, family, shards) for entry in entries]
         _check_tensors(shards, entries, family, complete)
         memory.check_room(settings, dtype)
@@ -108,6 +112,11 @@ def load_backbone(
             backbone = backbone_cls(**settings, dtype=dtype)
         _assign_all(backbone, shards, entries, _block_size(folder), verbose)
     return backbone
+
+
+def _has_stacks(shards):
+    """Whether the experts of a layer are in one tensor."""
+    return any(name.endswith(_STACK) for name in shards.names())
 
 
 def _has_own_output(shards, entries):
@@ -121,12 +130,13 @@ def _has_own_output(shards, entries):
         or shards.shape(_OUTPUT) != shards.shape(tied)
     ):
         return False
-    rows = shards.shape(tied)[0]
+    rows, columns = shards.shape(tied)
+
+    def read(name, row):
+        return shards.read(name, row, (min(_ROWS, rows - row), columns))
+
     return any(
-        not np.array_equal(
-            shards.read(_OUTPUT, row, min(_ROWS, rows - row)),
-            shards.read(tied, row, min(_ROWS, rows - row)),
-        )
+        not np.array_equal(read(_OUTPUT, row), read(tied, row))
         for row in range(0, rows, _ROWS)
     )
 
@@ -169,10 +179,14 @@ def _assign(variable, shards, entries, block):
 
 def _part(shards, entry, block, dtype):
     """The part of a weight that an entry stands for, as a NumPy array."""
-    rows = None if entry.row is None else entry.part_shape[0]
-    part = shards.read(entry.name, entry.row, rows)
+    row, shape = entry.row or 0, entry.part_shape
+    part = shards.read(entry.name, row, shape)
     if shards.dtype_name(entry.name) == "F8_E4M3":
-        part = _dequantise(part, shards.read(entry.name + _SCALE), block)
+        scales = shards.read(entry.name + _SCALE)
+        if entry.stacked:  # each matrix has blocks of its own
+            matrix, row = divmod(row, shards.shape(entry.name)[1])
+            scales = scales[matrix]
+        part = _dequantise(part, scales, block, row)
     return entry.to_weight(_cast(part, dtype))
 
 
@@ -186,10 +200,13 @@ def _cast(array, dtype):
     return array.astype(dtype)
 
 
-def _dequantise(part, scales, block):
+def _dequantise(part, scales, block, row):
+    """Rows of a matrix, from `row` on, times the scales of the blocks they lie in."""
     rows, columns = (
-        np.minimum(np.arange(size) // width, count - 1)
-        for size, width, count in zip(part.shape, block, scales.shape, strict=True)
+        np.minimum((first + np.arange(size)) // width, count - 1)
+        for first, size, width, count in zip(
+            (row, 0), part.shape, block, scales.shape, strict=True
+        )
     )
     return part.astype(np.float32) * scales.astype(np.float32)[rows][:, columns]
 

@@ -94,19 +94,18 @@ class Shards:
         """Where a tensor lies: a number of a file, and an offset."""
         return self._headers[name][4], self._headers[name][3]
 
-    def read(self, name, row=None, rows=None):
+    def read(self, name, row=0, shape=None):
         """A tensor, or some rows of it, as a new array.
 
         Args:
             name: str.
-            row: int or None, the first row.
-            rows: int, how many, where `row` is given.
+            row: int, the first row, of the size that `shape` says.
+            shape: tuple of int or None, that of the rows; None for all of the tensor.
         """
-        file, dtype_name, shape, offset, _ = self._headers[name]
+        file, dtype_name, whole, offset, _ = self._headers[name]
         dtype = DTYPES[dtype_name]
-        if row is not None:
-            offset += row * math.prod(shape[1:]) * dtype.itemsize
-            shape = (rows, *shape[1:])
+        shape = whole if shape is None else shape
+        offset += row * math.prod(shape[1:]) * dtype.itemsize
         array = np.empty(shape, dtype)
         self._open(file).seek(offset)
         read = self._open_file.readinto(array.reshape(-1).view(np.uint8))

@@ -32,6 +32,8 @@ class Entry:
             for the whole weight.
         row: int or None, where in the tensor's first axis the part begins; None
             for the whole tensor.
+        stacked: int: the tensor is this many matrices of one shape, and `row` counts
+            the rows of all of them; 0 for a tensor that is not such a stack.
         exact: bool, kept in float32 by an export in any dtype.
     """
 
@@ -43,6 +45,7 @@ class Entry:
     rotary: int = 0
     index: int | None = None
     row: int | None = None
+    stacked: int = 0
     exact: bool = False
 
     @property
@@ -120,7 +123,7 @@ def tensors(entries):
     Returns:
         dict of name to `(shape, exact)`.
     """
-    found = {}
+    found, stacks = {}, {}
     for entry in entries:
         shape = entry.part_shape
         if entry.row is not None:
@@ -129,6 +132,11 @@ def tensors(entries):
                 rows = max(rows, found[entry.name][0][0])
             shape = (rows, *shape[1:])
         found[entry.name] = (shape, entry.exact)
+        stacks[entry.name] = entry.stacked
+    for name, count in stacks.items():
+        if count:
+            (rows, *columns), exact = found[name]
+            found[name] = ((count, rows // count, *columns), exact)
     return found
 
 

@@ -132,7 +132,12 @@ def _id_to_token(folder, token_id):
     paths = [str(path) for path in paths if path.is_file()]
     if not paths or (folder / BYTE_PAIR).is_file():
         return _load_byte_pair(folder).id_to_token(token_id)
-    model = sentencepiece.SentencePieceProcessor(model_file=paths[0])
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=paths[0])
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{paths[0]!r} must be a model of SentencePiece. Received: {error}"
+        ) from error
     return model.id_to_piece(token_id) if token_id < model.vocab_size() else None
 
 

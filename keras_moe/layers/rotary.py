@@ -125,6 +125,14 @@ def check_scaling(scaling):
     needed = _NEEDED[scaling["type"]]
     for name in needed:
         checks.positive(f"rope_scaling[{name!r}]", scaling.get(name))
+    if scaling["type"] == "llama3":
+        low, high = scaling["low_frequency_factor"], scaling["high_frequency_factor"]
+        if low >= high:
+            raise ValueError(
+                "`rope_scaling['high_frequency_factor']` must be above "
+                f"`low_frequency_factor`. Received: high_frequency_factor={high!r}, "
+                f"low_frequency_factor={low!r}"
+            )
     known = ("type", *needed, *_OPTIONAL.get(scaling["type"], ()))
     for name in scaling:
         checks.one_of("rope_scaling's key", name, known)

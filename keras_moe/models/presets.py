@@ -266,6 +266,8 @@ def _check_files(folder):
             "`preset` must hold `config.json`. Received: "
             f"preset={str(folder)!r}, which does not."
         )
+    if is_checkpoint(folder):
+        return  # a model can do without the other files
     for name in _JSON_FILES:
         if (folder / name).exists():
             _read_json(folder / name)

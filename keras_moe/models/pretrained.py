@@ -1,5 +1,7 @@
 """How backbones and tasks come from presets and checkpoints, and go to Transformers."""
 
+import warnings
+
 from keras_moe import architecture, checkpoints
 from keras_moe.models import presets
 from keras_moe.models._keras_hub import classproperty
@@ -105,7 +107,9 @@ class PretrainedTask(Pretrained):
             verbose: bool or None, as there.
             **kwargs: settings of the backbone to override, as there, and
                 arguments of this class. Without `preprocessor` the preset's own
-                is loaded, and a preset without a tokenizer has none.
+                is loaded, and a preset without a tokenizer has none. Nor has a
+                checkpoint of Transformers whose tokenizer cannot be read or names
+                no end token: a warning says why.
 
         Raises:
             ValueError: as there.
@@ -128,5 +132,20 @@ class PretrainedTask(Pretrained):
                 f"Received: backbone and {', '.join(settings)}"
             )
         if "preprocessor" not in kwargs and presets.has_tokenizer(preset):
-            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset)
+            kwargs["preprocessor"] = _preprocessor(cls.preprocessor_cls, preset)
         return cls(**kwargs)
+
+
+def _preprocessor(preprocessor_cls, preset):
+    """A preset's preprocessor, None for a checkpoint's that cannot be made."""
+    try:
+        return preprocessor_cls.from_preset(preset)
+    except ValueError as error:
+        if not presets.is_checkpoint(preset):
+            raise
+        warnings.warn(
+            "The checkpoint is loaded without a preprocessor, and so works on token "
+            f"ids: {error}",
+            stacklevel=3,
+        )
+        return None

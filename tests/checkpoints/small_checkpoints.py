@@ -203,6 +203,12 @@ CONFIGS = {
         "tie_word_embeddings": True,
         "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
+    "deepseek_v3_halves": {
+        **_V3,
+        "q_lora_rank": 11,
+        "qk_rope_head_dim": 6,
+        "rope_interleave": False,
+    },
 }
 
 

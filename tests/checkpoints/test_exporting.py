@@ -58,6 +58,7 @@ _INCIDENTAL = (
     "max_window_layers",
     "n_group",
     "num_key_value_heads",
+    "rope_interleave",
     "router_jitter_noise",
     "sliding_window",
     "topk_group",

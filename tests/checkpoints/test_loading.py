@@ -1,5 +1,6 @@
 """Checkpoints that Transformers made, computed by us."""
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ import transformers
 from keras import ops
 
 import keras_moe
+from keras_moe.checkpoints.families import FAMILIES, find_family
 from keras_moe.models import MoEBackbone, MoECausalLM
 from tests.checkpoints.small_checkpoints import (
     CONFIGS,
@@ -232,6 +234,47 @@ def test_layers_that_predict_several_tokens_are_left_aside(tmp_path):
     assert_close(our_logits(ours, prompts()), their_logits(theirs, prompts()))
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in CONFIGS if not name.startswith("dbrx")]
+)
+def test_experts_stacked_as_transformers_5_holds_them(tmp_path, name):
+    theirs = make_model(name)
+    theirs.save_pretrained(tmp_path, save_original_format=False, max_shard_size="15KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert any(key.endswith("experts.gate_up_proj") for key in index["weight_map"])
+    ours = MoECausalLM.from_preset(str(tmp_path))
+    assert_close(our_logits(ours, prompts()), their_logits(theirs, prompts()))
+
+
+def test_float8_in_stacks_of_experts(tmp_path):
+    """Each expert's matrices have blocks of their own, the gate's and the other's none.
+
+    12 rows of each in blocks of 8: the second block is half of the one, half of the
+    other.
+    """
+    make_model("qwen3_moe").save_pretrained(tmp_path, save_original_format=False)
+    file = tmp_path / "model.safetensors"
+    tensors, exact = safetensors.numpy.load_file(file), {}
+    for name in [name for name in tensors if ".experts." in name]:
+        parts = [_to_float8(matrix) for matrix in tensors[name]]
+        small, scales, exact[name] = (
+            np.stack(part) for part in zip(*parts, strict=True)
+        )
+        tensors[name], tensors[name + "_scale_inv"] = small, scales
+    safetensors.numpy.save_file(tensors, file)
+    _quantise_config(tmp_path)
+    ours = MoEBackbone.from_preset(str(tmp_path))
+    for layer, mixture in enumerate(ours.mixtures):
+        gate_up, down = (
+            exact[f"model.layers.{layer}.mlp.experts.{name}_proj"].swapaxes(1, 2)
+            for name in ("gate_up", "down")
+        )
+        gate, up = np.split(gate_up, 2, axis=2)
+        for kernel, expected in (("gate", gate), ("up", up), ("down", down)):
+            found = getattr(mixture.experts, f"{kernel}_kernel")
+            np.testing.assert_array_equal(ops.convert_to_numpy(found), expected)
+
+
 def test_float8_in_blocks(tmp_path):
     theirs = make_model("deepseek_v3")
     theirs.save_pretrained(tmp_path)
@@ -244,14 +287,7 @@ def test_float8_in_blocks(tmp_path):
                 tensor
             )
     safetensors.numpy.save_file(tensors, file)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [8, 8],
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    _quantise_config(tmp_path)
     ours = MoECausalLM.from_preset(str(tmp_path))
     reference = tmp_path / "exact"
     theirs.save_pretrained(reference)
@@ -260,6 +296,16 @@ def test_float8_in_blocks(tmp_path):
     )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(reference)
     assert_close(our_logits(ours, prompts()), their_logits(theirs, prompts()))
+
+
+def _quantise_config(folder):
+    quantization = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [8, 8],
+    }
+    _change_config(folder, quantization_config=quantization)
 
 
 def _to_float8(tensor, block=8):
@@ -459,11 +505,44 @@ def test_refuses_settings_that_do_not_fit_the_weights(mixtral):
         ("mixtral", {"hidden_size": "many"}, "hidden_size"),
         ("mixtral", {"hidden_size": None}, "hidden_size"),
         ("mixtral", {"num_attention_heads": 0}, "num_attention_heads"),
-        ("mixtral", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling"),
+        (
+            "mixtral",
+            {"rope_scaling": {"type": "dynamic", "factor": 2}},
+            "rope_scaling.*not 'dynamic'",
+        ),
+        (
+            "qwen3_moe",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 500.0,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                }
+            },
+            "rope_parameters.*not 'longrope'",
+        ),
+        (
+            "mixtral",
+            {
+                "rope_scaling": {
+                    "type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
+            "high_frequency_factor.*above",
+        ),
         ("mixtral", {"rope_scaling": {"type": "yarn", "new": 2}}, "rope_scaling.*new"),
         ("mixtral", {"rope_scaling": {"type": "linear"}}, "rope_scaling.*factor"),
         ("mixtral", {"rope_parameters": {"full": {}, "a": {}}}, "rope_parameters"),
         ("mixtral", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_theta": 9.0, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ("mixtral", {"quantization_config": {"quant_method": "gptq"}}, "quantization"),
         ("mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings"),
         ("qwen2_moe", {"mlp_only_layers": 1}, "mlp_only_layers"),
@@ -471,7 +550,6 @@ def test_refuses_settings_that_do_not_fit_the_weights(mixtral):
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method"),
         ("deepseek_v2", {"mlp_bias": True}, "mlp_bias"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func"),
-        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {"rope_interleave": None}, "rope_interleave"),
         ("deepseek_v3", {"norm_topk_prob": None}, "norm_topk_prob"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq"),
@@ -506,6 +584,78 @@ def test_a_missing_key_means_what_it_does_to_transformers(tmp_path, name, key):
     del config[key]
     (tmp_path / "config.json").write_text(json.dumps(config))
     _assert_equal_logits(tmp_path)
+
+
+# Of the code that comes with DeepSeekMoE's checkpoint.
+_DEEPSEEK_DEFAULTS = {
+    "vocab_size": 102400,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "moe_intermediate_size": 1407,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "n_shared_experts": None,
+    "n_routed_experts": None,
+    "num_experts_per_tok": None,
+    "moe_layer_freq": 1,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "attention_bias": False,
+}
+
+
+def _class_defaults(model_type):
+    if model_type == "deepseek":
+        return _DEEPSEEK_DEFAULTS
+    found = transformers.CONFIG_MAPPING[model_type]
+    fields = {field.name: field.default for field in dataclasses.fields(found)}
+    plain = {k: v for k, v in fields.items() if v is not dataclasses.MISSING}
+    return {**plain, "rope_theta": found.default_theta}
+
+
+def _read(config):
+    """The settings that a configuration means, or what it is refused with."""
+    family = find_family(config)
+    try:
+        return family.settings(family.reader(config))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "model_type", [name for name, family in FAMILIES.items() if not family.has_encoder]
+)
+def test_a_missing_key_means_the_default_of_its_class(model_type):
+    defaults = _class_defaults(model_type)
+    small = CONFIGS.get(model_type, {**CONFIGS["qwen2_moe"], "n_routed_experts": 6})
+    small = {**small, "model_type": model_type}
+    for config in (small, {"model_type": model_type, "num_experts_per_tok": 2}):
+        for key, default in defaults.items():
+            without = {k: v for k, v in config.items() if k != key}
+            assert _read(without) == _read({**without, key: default}), key
+    complete = {**defaults, "model_type": model_type, "num_experts_per_tok": 2}
+    assert _read(complete) == _read(config)
+
+
+@pytest.mark.parametrize("part", ["attn_config", "ffn_config"])
+def test_a_missing_key_of_a_part_of_dbrx(part):
+    whole = CONFIGS["dbrx"]
+    cls = transformers.CONFIG_MAPPING["dbrx"].sub_configs[part]
+    own = [name for name in cls.__annotations__ if name != "base_config_key"]
+    assert len(own) >= 3
+    for key in own:
+        without = {k: v for k, v in whole[part].items() if k != key}
+        given = {**without, key: getattr(cls, key)}
+        assert _read({**whole, part: without}) == _read({**whole, part: given}), key
 
 
 def _assert_equal_logits(folder):

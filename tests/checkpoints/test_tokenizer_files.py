@@ -18,7 +18,12 @@ from keras_moe.models import (
     MoETokenizer,
     presets,
 )
-from tests.checkpoints.small_checkpoints import CONFIGS, our_logits, their_logits
+from tests.checkpoints.small_checkpoints import (
+    CONFIGS,
+    assert_close,
+    our_logits,
+    their_logits,
+)
 
 TEXTS = [
     "The statement is true.",
@@ -218,6 +223,39 @@ def test_refuses_a_broken_tokenizer(tmp_path):
     _write(tmp_path, "tokenizer_config.json", bos_token=None, eos_token="</s>")
     with pytest.raises(ValueError, match="tokenizer.json"):
         MoETokenizer.from_preset(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "named"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json"),
+        ("tokenizer.model", "no model", "tokenizer.model"),
+        ("tokenizer_config.json", "[", "tokenizer_config.json"),
+        ("tokenizer_config.json", '{"eos_token": null}', "eos_token"),
+        ("tokenizer_config.json", '{"eos_token": "</nowhere>"}', "</nowhere>"),
+    ],
+)
+def test_a_model_is_loaded_without_its_tokenizer_and_says_why(
+    tmp_path, byte_pair_file, file, content, named
+):
+    theirs = _checkpoint(tmp_path)
+    if file == "tokenizer_config.json":
+        shutil.copy(byte_pair_file, tmp_path / "tokenizer.json")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=named):
+        MoETokenizer.from_preset(str(tmp_path))
+    with pytest.warns(UserWarning, match=f"without a preprocessor.*{named}"):
+        ours = MoECausalLM.from_preset(str(tmp_path))
+    assert ours.preprocessor is None
+    ids = np.array([[5, 900, 17]], "int32")
+    assert_close(our_logits(ours, ids), their_logits(theirs, ids))
+
+
+def test_a_broken_tokenizer_of_our_own_stays_an_error(tmp_path):
+    MoECausalLM.from_preset("mixtral_tiny_en").save_to_preset(str(tmp_path))
+    (tmp_path / "assets/tokenizer/vocabulary.spm").write_bytes(b"none")
+    with pytest.raises(ValueError, match="SentencePiece"):
+        MoECausalLM.from_preset(str(tmp_path))
 
 
 def test_refuses_a_checkpoint_without_a_tokenizer(tmp_path):

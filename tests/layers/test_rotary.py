@@ -91,6 +91,16 @@ def test_rotation(positions):
         ({"type": "yarn", "factor": 2.0}, r"original_context.*None"),
         ({"type": "linear", "factor": 0}, r"factor.*0"),
         ({**YARN, "betafast": 3}, "betafast"),
+        (
+            {
+                "type": "llama3",
+                "factor": 8.0,
+                "original_context": 16,
+                "low_frequency_factor": 4.0,
+                "high_frequency_factor": 4.0,
+            },
+            "high_frequency_factor.*above.*4.0",
+        ),
     ],
 )
 def test_bad_scaling(scaling, message):

@@ -45,4 +45,5 @@ def find_family(config):
             "`config.json` must have a `model_type` of "
             f"{', '.join(map(repr, FAMILIES))}. Received: model_type={model_type!r}"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    return family if family.variant is None else family.variant(config)

@@ -8,11 +8,21 @@ import math
 from collections.abc import Callable
 
 from keras_moe import architecture
-from keras_moe.checkpoints.config_reader import ACTIVATIONS, as_number
+from keras_moe.checkpoints.config_reader import ACTIVATIONS, ConfigReader, as_number
 from keras_moe.checkpoints.tables import Table
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# What most families' configurations mean where a key is missing.
+DEFAULTS = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "norm_topk_prob": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
 # Scaling of rotary angles: the checkpoint's keys and ours, by kind.
 _ROPE_KEYS = {
     "linear": {"factor": "factor"},
@@ -58,11 +68,18 @@ class Family:
         settings: callable from a `ConfigReader` to a dict of settings.
         config: callable from settings, all of them, to a dict for `config.json`.
         entries: callable from settings, all of them, to a list of `Entry`.
+        defaults: dict: what a key of `config.json` means that is missing.
+        aliases: dict: other names that releases of Transformers write keys by.
+        stacked: callable as `entries`, for checkpoints that hold the experts of a
+            layer in one tensor, as Transformers 5 does in memory and writes with
+            `save_original_format=False`. None where there are none.
         ignored: callable `(name, settings) -> bool`: whether a tensor that no entry
             names may be left aside.
         stand_ins: dict: by the name of a tensor that a checkpoint may not hold,
             those that have the same values, the first that is there serving.
         has_encoder: bool: it is a `MoESeq2SeqBackbone`, else a `MoEBackbone`.
+        variant: callable from a `config.json`, a dict, to the family whose tensors lie
+            as it says; None where all lie alike.
         empty: callable from settings to the shapes by name of tensors without
             elements, which Transformers expects and our model has nothing for.
     """
@@ -72,13 +89,21 @@ class Family:
     settings: Callable
     config: Callable
     entries: Callable
+    stacked: Callable | None = None
+    defaults: dict = dataclasses.field(default_factory=dict)
+    aliases: dict = dataclasses.field(default_factory=dict)
     ignored: Callable = may_be_ignored
     stand_ins: dict = dataclasses.field(default_factory=dict)
     has_encoder: bool = False
+    variant: Callable | None = None
     empty: Callable = lambda settings: {}
 
+    def reader(self, config):
+        """The `ConfigReader` of a `config.json` of this family."""
+        return ConfigReader(config, self.defaults, self.aliases)
 
-def size_settings(read, epsilon):
+
+def size_settings(read):
     """The settings that every family but DBRX reads from the same keys."""
     heads = read.integer("num_attention_heads")
     return {
@@ -89,9 +114,9 @@ def size_settings(read, epsilon):
         "num_key_value_heads": read.integer("num_key_value_heads", heads),
         "activation": read.activation(),
         "norm": "rms",
-        "norm_epsilon": read.number("rms_norm_eps", epsilon),
+        "norm_epsilon": read.number("rms_norm_eps"),
         "tied_embeddings": read.flag("tie_word_embeddings"),
-        "initializer_stddev": read.number("initializer_range", 0.02),
+        "initializer_stddev": read.number("initializer_range"),
         "context_length": read.integer("max_position_embeddings", None),
     }
 
@@ -120,7 +145,7 @@ def to_activation(name):
 
 def rope_settings(
     read,
-    theta=10000.0,
+    theta=None,
     kinds=("linear", "yarn", "llama3"),
     context_key="max_position_embeddings",
 ):
@@ -128,7 +153,7 @@ def rope_settings(
 
     Args:
         read: a `ConfigReader`.
-        theta: float, the base where none is given.
+        theta: float or None, the base where neither says one.
         kinds: the kinds of scaling that the family's own code has.
         context_key: str, the key of the context length.
     """
@@ -153,7 +178,8 @@ def rope_settings(
         # Left behind by other kinds, and without effect on this one.
         return {"rope_theta": theta, "rope_scaling": None}
     if kind not in kinds:
-        read.refuse(key, f"of type {', '.join(map(repr, ('default', *kinds)))}")
+        known = ", ".join(map(repr, ("default", *kinds)))
+        read.refuse(key, f"of type {known}, and not {kind!r}")
     # What another kind would read is left behind by it, and without effect.
     unknown = sorted(
         set(parameters) - {k for keys in _ROPE_KEYS.values() for k in keys}
@@ -197,17 +223,10 @@ def rope_config(s):
     return config
 
 
-def count_of_experts(read, *keys):
-    """E, under any of the names that releases of Transformers write it by."""
-    read.harmless(*keys)
-    given = [key for key in keys if read.get(key) is not None]
-    return read.integer(given[0] if given else keys[0])
-
-
-def dense_or_mixture(read, step_key="decoder_sparse_step"):
+def dense_or_mixture(read):
     """Which layers are mixtures, from Qwen's keys."""
     layers = read.integer("num_hidden_layers")
-    step = read.integer(step_key, 1)
+    step = read.integer("decoder_sparse_step")
     dense = read.get("mlp_only_layers", [])
     if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
         read.refuse("mlp_only_layers", "a list of layers")
@@ -300,8 +319,13 @@ def mixture(
     shared=None,
     router="gate",
     expert="experts.{}",
+    stacked=False,
 ):
-    """Adds a router and experts stored singly, and shared experts named `shared`."""
+    """Adds a router and experts, and shared experts named `shared`.
+
+    The experts are stored singly, or `stacked`: the tensor `gate_up_proj` holds of
+    each the gate's rows and then the other's, and `down_proj` the rest.
+    """
     s = table.settings
     features, hidden = s["hidden_dim"], s["expert_dim"]
     experts = s["num_experts"]
@@ -317,12 +341,19 @@ def mixture(
     shapes["down"] = (hidden, features)
     for kernel, name in zip([*shapes][-len(names) :], names, strict=True):
         for index in range(experts):
+            tensor, where = f"{theirs}.{expert.format(index)}.{name}.weight", {}
+            if stacked:
+                part = "down" if kernel == "down" else "gate_up"
+                tensor = f"{theirs}.experts.{part}_proj"
+                row = {"gate": 2 * index, "up": 2 * index + 1, "down": index}[kernel]
+                where = {"row": row * shapes[kernel][1], "stacked": experts}
             table.add(
-                f"{theirs}.{expert.format(index)}.{name}.weight",
+                tensor,
                 f"{ours}.experts.{kernel}_kernel",
                 shapes[kernel],
                 inputs=1,
                 index=index,
+                **where,
             )
     if shared is not None and architecture.shared_dim(s):
         feed_forward(
@@ -340,7 +371,14 @@ def mixture(
         )
 
 
-def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=None):
+def decoder(
+    settings,
+    add_attention=attention,
+    block="mlp",
+    names=GATED,
+    shared=None,
+    stacked=False,
+):
     """The entries of a decoder named as Llama's.
 
     Args:
@@ -349,6 +387,7 @@ def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=
         block: str, the name of the second sublayer.
         names: the names of an expert's matrices: gate, up, down.
         shared: str or None, the name of the shared experts.
+        stacked: bool, whether all experts of a layer are in one tensor.
     """
     table = Table(settings)
     embeddings(table)
@@ -359,7 +398,7 @@ def decoder(settings, add_attention=attention, block="mlp", names=GATED, shared=
         add_attention(table, f"{theirs}.self_attn", f"{ours}.attention")
         second = f"{theirs}.{block}", f"{ours}.feed_forward"
         if architecture.is_mixture(settings, layer):
-            mixture(table, *second, names=names, shared=shared)
+            mixture(table, *second, names=names, shared=shared, stacked=stacked)
         else:
             feed_forward(table, *second, settings["dense_dim"])
     return table.entries

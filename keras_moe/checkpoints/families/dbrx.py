@@ -2,6 +2,11 @@
 
 Its projections of queries, keys and values are one tensor, and so are the matrices of
 all experts.
+
+The base of the rotary angles stands within `attn_config` where a checkpoint is as it
+was published, and is read there. Transformers 5.23 reads it at the top alone: of such a
+checkpoint (base 500000) it takes its own default, 10000, in silence, and so computes
+another model. Without any base both take 10000. An export states it in both places.
 """
 
 from keras_moe import architecture
@@ -9,10 +14,18 @@ from keras_moe.checkpoints.config_reader import ConfigReader
 from keras_moe.checkpoints.families import common
 from keras_moe.checkpoints.tables import Table
 
+_ATTENTION_DEFAULTS = {"kv_n_heads": 1, "rope_theta": 10000.0}
+_FFN_DEFAULTS = {
+    "ffn_hidden_size": 3584,
+    "moe_num_experts": 4,
+    "moe_top_k": 1,
+    "moe_normalize_expert_weights": 1.0,
+}
+
 
 def _settings(read):
-    attention = _part(read, "attn_config")
-    ffn = _part(read, "ffn_config")
+    attention = _part(read, "attn_config", _ATTENTION_DEFAULTS)
+    ffn = _part(read, "ffn_config", _FFN_DEFAULTS)
     heads = read.integer("n_heads")
     read.only("tie_word_embeddings", False)
     # Nothing is dropped from the embeddings, whatever this says, and the other stands
@@ -25,30 +38,30 @@ def _settings(read):
     ffn.harmless("hidden_size", "moe_loss_weight")
     ffn.only("uniform_expert_assignment", False)
     # Where it is missing they are normalised, and where it is null they are not.
-    norm = ffn.config.get("moe_normalize_expert_weights", 1.0)
+    norm = ffn.get("moe_normalize_expert_weights")
     ffn.only("moe_normalize_expert_weights", 1, 1.0)
     # Given at the top in newer configurations, and within the attention's in older.
-    theta = attention.number("rope_theta", 10000.0)
+    theta = attention.number("rope_theta")
     attention.harmless("rope_parameters")
     settings = {
         "vocabulary_size": read.integer("vocab_size"),
         "num_layers": read.integer("n_layers"),
         "hidden_dim": read.integer("d_model"),
         "num_query_heads": heads,
-        "num_key_value_heads": attention.integer("kv_n_heads", 1),
+        "num_key_value_heads": attention.integer("kv_n_heads"),
         "clip_query_key_value": attention.number("clip_qkv", None),
         "norm": "layer_no_bias",
         "norm_epsilon": 1e-5,
         "tied_embeddings": False,
         "dropout": read.number("resid_pdrop", 0.0),
         "activation": ConfigReader(activation).activation("name"),
-        "num_experts": ffn.integer("moe_num_experts", 4),
-        "top_k": ffn.integer("moe_top_k", 1),
+        "num_experts": ffn.integer("moe_num_experts"),
+        "top_k": ffn.integer("moe_top_k"),
         "expert_dim": ffn.integer("ffn_hidden_size"),
         "normalize_gates": norm is not None,
         "router_jitter": ffn.number("moe_jitter_eps", 0.0),
-        "initializer_stddev": read.number("initializer_range", 0.02),
-        "context_length": read.integer("max_seq_len", 2048),
+        "initializer_stddev": read.number("initializer_range"),
+        "context_length": read.integer("max_seq_len"),
         **common.rope_settings(read, theta=theta, context_key="max_seq_len"),
     }
     attention.finish()
@@ -56,11 +69,11 @@ def _settings(read):
     return settings
 
 
-def _part(read, key):
+def _part(read, key, defaults):
     part = read.get(key, {})
     if not isinstance(part, dict):
         read.refuse(key, "an object")
-    return ConfigReader(part)
+    return ConfigReader(part, defaults)
 
 
 def _config(s):
@@ -142,4 +155,12 @@ DBRX = common.Family(
     settings=_settings,
     config=_config,
     entries=_entries,
+    defaults={
+        "vocab_size": 32000,
+        "n_layers": 24,
+        "d_model": 2048,
+        "n_heads": 16,
+        "max_seq_len": 2048,
+        "initializer_range": 0.02,
+    },
 )

@@ -5,6 +5,7 @@
 [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437))
 """
 
+import dataclasses
 import functools
 import re
 import warnings
@@ -12,27 +13,31 @@ import warnings
 from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
+_DEFAULTS = {**common.DEFAULTS, "moe_layer_freq": 1}
+_LATENT_DEFAULTS = {
+    **_DEFAULTS,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_ALIASES = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
 
-def _shared_settings(
-    read, rope_kinds=("linear", "yarn", "llama3"), shared=0, dense_first=0
-):
-    """Settings of all three; `shared` and `dense_first` where a key is missing."""
+
+def _shared_settings(read, rope_kinds=("linear", "yarn", "llama3")):
     read.harmless("aux_loss_alpha", "seq_aux", "ep_size")
     read.only("mlp_bias", False)
     return {
-        **common.size_settings(read, epsilon=1e-6),
+        **common.size_settings(read),
         **common.rope_settings(read, kinds=rope_kinds),
-        "num_experts": common.count_of_experts(
-            read, "n_routed_experts", "num_experts", "num_local_experts"
-        ),
-        "num_shared_experts": read.integer("n_shared_experts", shared, minimum=0),
+        "num_experts": read.integer("n_routed_experts"),
+        "num_shared_experts": read.integer("n_shared_experts", 0, minimum=0),
         "top_k": read.integer("num_experts_per_tok"),
         "expert_dim": read.integer("moe_intermediate_size"),
         "dense_dim": read.integer("intermediate_size"),
-        "dense_first_layers": read.integer(
-            "first_k_dense_replace", dense_first, minimum=0
-        ),
-        "moe_every": read.integer("moe_layer_freq", 1),
+        "dense_first_layers": read.integer("first_k_dense_replace", minimum=0),
+        "moe_every": read.integer("moe_layer_freq"),
         "attention_bias": "all" if read.flag("attention_bias") else None,
     }
 
@@ -82,17 +87,32 @@ DEEPSEEK = common.Family(
     settings=_deepseek_settings,
     config=_deepseek_config,
     entries=functools.partial(common.decoder, shared="shared_experts"),
+    # Those of the code that comes with the checkpoint; without a number of experts
+    # it makes a dense model.
+    defaults={
+        **_DEFAULTS,
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "moe_intermediate_size": 1407,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "first_k_dense_replace": 0,
+        "max_position_embeddings": 2048,
+    },
+    aliases=_ALIASES,
 )
 
 
-def _latent_settings(read, gate_scale=1.0, **defaults):
+def _latent_settings(read):
     heads = read.integer("num_attention_heads")
     # Of what is cached there is one for all heads; the number must not say otherwise.
     read.only("num_key_value_heads", heads)
     # Transformers writes the rotated part's size here, and others nothing.
     read.harmless("head_dim", "qk_head_dim")
     return {
-        **_shared_settings(read, **defaults),
+        **_shared_settings(read),
         "num_key_value_heads": None,
         "attention": "latent",
         "head_dim": read.integer("qk_nope_head_dim"),
@@ -100,7 +120,7 @@ def _latent_settings(read, gate_scale=1.0, **defaults):
         "value_head_dim": read.integer("v_head_dim"),
         "query_rank": read.integer("q_lora_rank", None),
         "key_value_rank": read.integer("kv_lora_rank"),
-        "gate_scale": read.number("routed_scaling_factor", gate_scale),
+        "gate_scale": read.number("routed_scaling_factor"),
     }
 
 
@@ -117,16 +137,17 @@ def _latent_config(s):
     }
 
 
-def _latent_attention(table, theirs, ours):
+def _latent_attention(table, theirs, ours, interleaved=True):
     s = table.settings
     features, heads = (s["hidden_dim"],), s["num_query_heads"]
     plain, rotary, values = s["head_dim"], s["rope_head_dim"], s["value_head_dim"]
     query_rank, rank = s["query_rank"], s["key_value_rank"]
+    pairs = rotary if interleaved else 0
     bias = s["attention_bias"] == "all"
     queries = (heads, plain + rotary)
     if query_rank is None:
         table.linear(
-            f"{theirs}.q_proj", f"{ours}.query", features, queries, rotary=rotary
+            f"{theirs}.q_proj", f"{ours}.query", features, queries, rotary=pairs
         )
     else:
         table.linear(
@@ -142,7 +163,7 @@ def _latent_attention(table, theirs, ours):
             f"{ours}.query_up",
             (query_rank,),
             queries,
-            rotary=rotary,
+            rotary=pairs,
         )
     table.linear(
         f"{theirs}.kv_a_proj_with_mqa",
@@ -150,7 +171,7 @@ def _latent_attention(table, theirs, ours):
         features,
         (rank + rotary,),
         bias,
-        rotary=rotary,
+        rotary=pairs,
     )
     table.add(
         f"{theirs}.kv_a_layernorm.weight", f"{ours}.key_value_down_norm.scale", (rank,)
@@ -190,7 +211,7 @@ def _v2_settings(read):
         read.refuse("topk_method", "'greedy' or 'group_limited_greedy'")
     read.harmless("n_group", "topk_group")
     return {
-        **_latent_settings(read, shared=2),
+        **_latent_settings(read),
         **groups,
         "group_scores": "max",
         "scores": "softmax",
@@ -221,8 +242,9 @@ def _no_shared_experts(settings):
     }
 
 
-def _latent_entries(settings):
-    return common.decoder(settings, _latent_attention, shared="shared_experts")
+def _latent_entries(settings, interleaved=True, stacked=False):
+    attention = functools.partial(_latent_attention, interleaved=interleaved)
+    return common.decoder(settings, attention, shared="shared_experts", stacked=stacked)
 
 
 DEEPSEEK_V2 = common.Family(
@@ -231,6 +253,22 @@ DEEPSEEK_V2 = common.Family(
     settings=_v2_settings,
     config=_v2_config,
     entries=_latent_entries,
+    stacked=functools.partial(_latent_entries, stacked=True),
+    defaults={
+        **_LATENT_DEFAULTS,
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "moe_intermediate_size": 1407,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "first_k_dense_replace": 0,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "routed_scaling_factor": 1.0,
+    },
+    aliases=_ALIASES,
     ignored=_ignored,
     empty=_no_shared_experts,
 )
@@ -240,17 +278,16 @@ def _v3_settings(read):
     read.only("scoring_func", "sigmoid")
     read.only("topk_method", "noaux_tc")
     read.only("moe_layer_freq", 1)
-    if not read.flag("rope_interleave", True):
-        read.refuse("rope_interleave", "true")
+    read.flag("rope_interleave")  # how tensors lie, see `_v3_variant`
     # Layers that predict several tokens at once, which generation can do without.
     read.harmless("num_nextn_predict_layers", "num_mtp_layers", "quantization_config")
     return {
-        **_latent_settings(read, gate_scale=2.5, shared=1, dense_first=3),
+        **_latent_settings(read),
         "scores": "sigmoid",
-        "normalize_gates": read.flag("norm_topk_prob", True),
+        "normalize_gates": read.flag("norm_topk_prob"),
         "selection_bias": True,
-        "expert_groups": read.integer("n_group", 8),
-        "top_k_groups": read.integer("topk_group", 4),
+        "expert_groups": read.integer("n_group"),
+        "top_k_groups": read.integer("topk_group"),
         "group_scores": "top_2",
     }
 
@@ -266,12 +303,44 @@ def _v3_config(s):
     }
 
 
+def _v3_variant(config):
+    if config.get("rope_interleave", True):
+        return DEEPSEEK_V3
+    # Rotary features lie in halves, as ours do.
+    entries = functools.partial(_latent_entries, interleaved=False)
+    stacked = functools.partial(entries, stacked=True)
+    return dataclasses.replace(DEEPSEEK_V3, entries=entries, stacked=stacked)
+
+
 DEEPSEEK_V3 = common.Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     settings=_v3_settings,
     config=_v3_config,
     entries=_latent_entries,
+    stacked=functools.partial(_latent_entries, stacked=True),
+    defaults={
+        **_LATENT_DEFAULTS,
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "max_position_embeddings": 4096,
+        "first_k_dense_replace": 3,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "routed_scaling_factor": 2.5,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "rope_interleave": True,
+    },
+    aliases=_ALIASES,
+    variant=_v3_variant,
     ignored=_ignored,
     empty=_no_shared_experts,
 )

@@ -9,16 +9,26 @@ import functools
 from keras_moe import architecture
 from keras_moe.checkpoints.families import common
 
+_DEFAULTS = {
+    **common.DEFAULTS,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+}
+_ALIASES = {"num_local_experts": "num_experts"}
+
 
 def _shared_settings(read):
     return {
-        **common.size_settings(read, epsilon=1e-6),
+        **common.size_settings(read),
         **common.rope_settings(read),
         **common.dense_or_mixture(read),
         "head_dim": read.integer("head_dim", None),
-        "num_experts": common.count_of_experts(
-            read, "num_experts", "num_local_experts"
-        ),
+        "num_experts": read.integer("num_experts"),
         "top_k": read.integer("num_experts_per_tok"),
         "expert_dim": read.integer("moe_intermediate_size"),
         "dense_dim": read.integer("intermediate_size"),
@@ -44,10 +54,10 @@ def _qwen2_window(read):
     """The sliding window and the layers that have it, from three styles of keys."""
     layers = read.integer("num_hidden_layers")
     # Only layers of even index, among the first, where they are not listed.
-    last = read.integer("max_window_layers", 28, minimum=0)
+    last = read.integer("max_window_layers", minimum=0)
     types = read.get("layer_types")
     in_use = read.flag("use_sliding_window")
-    window = read.integer("sliding_window", 4096, minimum=0)
+    window = read.integer("sliding_window", None, minimum=0)
     if types is None:
         sliding = [i for i in range(layers) if i % 2 == 0 and i < last]
     elif len(types) == layers and set(types) <= _LAYER_TYPES:
@@ -69,7 +79,7 @@ def _qwen2_settings(read):
     return {
         **shared,
         **_qwen2_window(read),
-        "attention_bias": "query_key_value" if read.flag("qkv_bias", True) else None,
+        "attention_bias": "query_key_value" if read.flag("qkv_bias") else None,
         "num_shared_experts": 1,
         "shared_expert_dim": read.integer("shared_expert_intermediate_size"),
         "shared_expert_gate": True,
@@ -101,6 +111,20 @@ QWEN2_MOE = common.Family(
     settings=_qwen2_settings,
     config=_qwen2_config,
     entries=functools.partial(common.decoder, shared="shared_expert"),
+    stacked=functools.partial(common.decoder, shared="shared_expert", stacked=True),
+    defaults={
+        **_DEFAULTS,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "qkv_bias": True,
+    },
+    aliases=_ALIASES,
 )
 
 
@@ -131,4 +155,15 @@ QWEN3_MOE = common.Family(
     settings=_qwen3_settings,
     config=_qwen3_config,
     entries=common.decoder,
+    stacked=functools.partial(common.decoder, stacked=True),
+    defaults={
+        **_DEFAULTS,
+        "intermediate_size": 6144,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+    },
+    aliases=_ALIASES,
 )
