@@ -16,7 +16,12 @@ from keras_moe.checkpoints.shards import DTYPES, Shards, read_json
 from keras_moe.layers.initializers import skipped
 from keras_moe.ops import assign_parts
 
-_OUTPUT = "lm_head.weight"
+# What tied embeddings are one of: those of the encoder, the decoder and the output.
+_TABLES = (
+    "token_embedding.embeddings",
+    "decoder_embedding.embeddings",
+    "token_embedding.reverse_embeddings",
+)
 _ROWS = 4096  # compared at once
 _SCALE = "_scale_inv"  # of weights in float8, next to them
 
@@ -96,12 +101,17 @@ def load_backbone(
     complete = architecture.complete(settings, backbone_cls)
     entries = family.entries(complete)
     with Shards(folder) as shards:
-        may_untie = not family.has_encoder and "tied_embeddings" not in kwargs
-        if may_untie and _has_own_output(shards, entries):
-            # As in Transformers: what the checkpoint holds goes before what it says.
-            settings["tied_embeddings"] = complete["tied_embeddings"] = False
-            entries = family.entries(complete)
-        entries = [_with_stand_in(entry, family, shards) for entry in entries]
+        stand_ins = family.stand_ins
+        if complete["tied_embeddings"]:
+            stand_ins = {**stand_ins, **dict.fromkeys(family.tied, family.tied)}
+            if "tied_embeddings" not in kwargs:
+                untied = _untied(shards, stand_ins, family, complete)
+                settings, complete = {**settings, **untied}, {**complete, **untied}
+                entries = family.entries(complete)
+        entries = [
+            dataclasses.replace(entry, name=_present(entry.name, stand_ins, shards))
+            for entry in entries
+        ]
         _check_tensors(shards, entries, family, complete)
         memory.check_room(settings, dtype)
         with skipped():
@@ -110,31 +120,48 @@ def load_backbone(
     return backbone
 
 
-def _has_own_output(shards, entries):
-    """Whether there is an output matrix other than the embeddings it is tied to."""
-    named = {entry.path: entry.name for entry in entries}
-    tied = named.get("token_embedding.embeddings")
-    if (
-        _OUTPUT in named.values()
-        or _OUTPUT not in shards
-        or tied not in shards
-        or shards.shape(_OUTPUT) != shards.shape(tied)
-    ):
+def _untied(shards, stand_ins, family, settings):
+    """The settings of what is said to be tied, where the checkpoint holds other values.
+
+    As in Transformers, what a checkpoint holds goes before what it says. How logits
+    are scaled stays as it is said.
+    """
+    apart = {**settings, "tied_embeddings": False, "shared_embeddings": False}
+    named = {entry.path: entry.name for entry in family.entries(apart)}
+    encoder, *others = (
+        _present(named[path], stand_ins, shards) for path in _TABLES if path in named
+    )
+    same = [_are_equal(shards, encoder, other) for other in others]
+    if all(same):
+        return {}
+    untied = {
+        "tied_embeddings": False,
+        "output_multiplier": architecture.output_multiplier(settings),
+    }
+    if family.has_encoder:
+        untied["shared_embeddings"] = same[0]
+    return untied
+
+
+def _are_equal(shards, one, other):
+    """Whether two tensors hold the same; so does one that is not there at all."""
+    if one == other or one not in shards or other not in shards:
+        return True
+    if shards.shape(one) != shards.shape(other):
         return False
-    rows = shards.shape(tied)[0]
-    return any(
-        not np.array_equal(
-            shards.read(_OUTPUT, row, min(_ROWS, rows - row)),
-            shards.read(tied, row, min(_ROWS, rows - row)),
+    rows = shards.shape(one)[0]
+    return all(
+        np.array_equal(
+            *(shards.read(name, row, min(_ROWS, rows - row)) for name in (one, other))
         )
         for row in range(0, rows, _ROWS)
     )
 
 
-def _with_stand_in(entry, family, shards):
-    names = (entry.name, *family.stand_ins.get(entry.name, ()))
-    there = [name for name in names if name in shards]
-    return dataclasses.replace(entry, name=there[0]) if there else entry
+def _present(name, stand_ins, shards):
+    """A tensor's name, or that of the first that stands for it and is there."""
+    names = (name, *stand_ins.get(name, ()))
+    return next((n for n in names if n in shards), name)
 
 
 def _assign_all(backbone, shards, entries, block, verbose):

@@ -142,4 +142,5 @@ DBRX = common.Family(
     settings=_settings,
     config=_config,
     entries=_entries,
+    tied=("transformer.wte.weight", "lm_head.weight"),
 )
