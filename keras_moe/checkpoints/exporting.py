@@ -17,6 +17,7 @@ from keras_moe.checkpoints.loading import numpy_dtype
 from keras_moe.checkpoints.shards import INDEX, SINGLE, ShardWriter
 from keras_moe.checkpoints.tokenizer_files import write_json, write_tokenizer
 
+_OF_TARGETS = ("decoder_start_token_id", "pad_token_id")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 # Of training alone: Transformers may know no such setting, or another in its place.
 _OF_TRAINING = (
@@ -94,6 +95,8 @@ def export_to_transformers(
             ids.update(write_tokenizer(temporary, preprocessor))
         given = {key: value for key, value in ids.items() if value is not None}
         _write_config(temporary, family, {**ids, **config, **given}, dtype)
+        if family.has_encoder:  # generation looks for them there alone
+            given = {key: config[key] for key in _OF_TARGETS} | given
         write_json(temporary / "generation_config.json", given)
         entries, empty = family.entries(settings), family.empty(settings)
         _write_weights(temporary, backbone, entries, empty, dtype, limit)

@@ -15,8 +15,13 @@ from keras_moe.checkpoints.shards import DTYPES, Shards, read_json
 from keras_moe.layers.initializers import skipped
 from keras_moe.ops import assign_parts
 
-_OUTPUT = "lm_head.weight"
 _STACK = ".mlp.experts.gate_up_proj"
+# What tied embeddings are one of: those of the encoder, the decoder and the output.
+_TABLES = (
+    "token_embedding.embeddings",
+    "decoder_embedding.embeddings",
+    "token_embedding.reverse_embeddings",
+)
 _ROWS = 4096  # compared at once
 _SCALE = "_scale_inv"  # of weights in float8, next to them
 
@@ -99,13 +104,16 @@ def load_backbone(
         tabulate = family.entries
         if family.stacked is not None and _has_stacks(shards):
             tabulate = family.stacked
-        entries = tabulate(complete)
-        may_untie = not family.has_encoder and "tied_embeddings" not in kwargs
-        if may_untie and _has_own_output(shards, entries):
-            # As in Transformers: what the checkpoint holds goes before what it says.
-            settings["tied_embeddings"] = complete["tied_embeddings"] = False
-            entries = tabulate(complete)
-        entries = [_with_stand_in(entry, family, shards) for entry in entries]
+        stand_ins = family.stand_ins
+        if complete["tied_embeddings"]:
+            stand_ins = {**stand_ins, **dict.fromkeys(family.tied, family.tied)}
+            if "tied_embeddings" not in kwargs:
+                untied = _untied(shards, stand_ins, family, complete)
+                settings, complete = {**settings, **untied}, {**complete, **untied}
+        entries = [
+            dataclasses.replace(entry, name=_present(entry.name, stand_ins, shards))
+            for entry in tabulate(complete)
+        ]
         _check_tensors(shards, entries, family, complete)
         memory.check_room(settings, dtype)
         with skipped():
@@ -119,32 +127,50 @@ def _has_stacks(shards):
     return any(name.endswith(_STACK) for name in shards.names())
 
 
-def _has_own_output(shards, entries):
-    """Whether there is an output matrix other than the embeddings it is tied to."""
-    named = {entry.path: entry.name for entry in entries}
-    tied = named.get("token_embedding.embeddings")
-    if (
-        _OUTPUT in named.values()
-        or _OUTPUT not in shards
-        or tied not in shards
-        or shards.shape(_OUTPUT) != shards.shape(tied)
-    ):
+def _untied(shards, stand_ins, family, settings):
+    """The settings of what is said to be tied, where the checkpoint holds other values.
+
+    As in Transformers, what a checkpoint holds goes before what it says. How logits
+    are scaled stays as it is said.
+    """
+    apart = {**settings, "tied_embeddings": False, "shared_embeddings": False}
+    named = {entry.path: entry.name for entry in family.entries(apart)}
+    encoder, *others = (
+        _present(named[path], stand_ins, shards) for path in _TABLES if path in named
+    )
+    same = [_are_equal(shards, encoder, other) for other in others]
+    if all(same):
+        return {}
+    untied = {
+        "tied_embeddings": False,
+        "output_multiplier": architecture.output_multiplier(settings),
+    }
+    if family.has_encoder:
+        untied["shared_embeddings"] = same[0]
+    return untied
+
+
+def _are_equal(shards, one, other):
+    """Whether two tensors hold the same; so does one that is not there at all."""
+    if one == other or one not in shards or other not in shards:
+        return True
+    if shards.shape(one) != shards.shape(other):
         return False
-    rows, columns = shards.shape(tied)
+    rows, columns = shards.shape(one)
 
     def read(name, row):
         return shards.read(name, row, (min(_ROWS, rows - row), columns))
 
-    return any(
-        not np.array_equal(read(_OUTPUT, row), read(tied, row))
+    return all(
+        np.array_equal(read(one, row), read(other, row))
         for row in range(0, rows, _ROWS)
     )
 
 
-def _with_stand_in(entry, family, shards):
-    names = (entry.name, *family.stand_ins.get(entry.name, ()))
-    there = [name for name in names if name in shards]
-    return dataclasses.replace(entry, name=there[0]) if there else entry
+def _present(name, stand_ins, shards):
+    """A tensor's name, or that of the first that stands for it and is there."""
+    names = (name, *stand_ins.get(name, ()))
+    return next((n for n in names if n in shards), name)
 
 
 def _assign_all(backbone, shards, entries, block, verbose):

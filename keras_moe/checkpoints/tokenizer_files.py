@@ -8,6 +8,7 @@ import keras_hub
 import sentencepiece
 import tokenizers
 
+from keras_moe.checkpoints.families import FAMILIES
 from keras_moe.checkpoints.sentencepiece_files import to_byte_pair
 from keras_moe.checkpoints.shards import read_json
 
@@ -120,11 +121,36 @@ def _special_tokens(folder):
             if isinstance(token_id, int):
                 token = _id_to_token(folder, token_id)
         found[argument] = token
+    found.update(_decoder_start(folder, found["pad_token"] or "<pad>"))
     ends = numbered.get("eos_token_id")
     ends = [_id_to_token(folder, i) for i in ends] if isinstance(ends, list) else []
     # What the file of a vocabulary does not hold cannot come out of it.
     found["stop_tokens"] = [t for t in ends if t not in (None, found["end_token"])]
     return found
+
+
+def _decoder_start(folder, pad_token):
+    """The token that targets begin with, by argument: of an encoder-decoder alone.
+
+    None stands for the padding token, as in T5.
+    """
+    config = _read(folder, "config.json")
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None or not family.has_encoder:
+        return {}
+    # As Transformers looks for it.
+    for stated in (_read(folder, "generation_config.json"), config):
+        token_id = stated.get("decoder_start_token_id")
+        if token_id is None:
+            continue
+        token = _id_to_token(folder, token_id) if isinstance(token_id, int) else None
+        if token is None:
+            raise ValueError(
+                "`decoder_start_token_id` must be the id of a token in the "
+                f"tokenizer's file. Received: {token_id!r} in {str(folder)!r}"
+            )
+        return {"start_token": None if token == pad_token else token}
+    return {}
 
 
 def _id_to_token(folder, token_id):

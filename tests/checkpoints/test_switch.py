@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 import torch
 import transformers
 from keras import ops
@@ -14,7 +15,11 @@ import keras_moe
 from keras_moe.layers import routing_statistics
 from keras_moe.models import MoEBackbone, MoESeq2SeqBackbone, MoESeq2SeqLM
 from tests.checkpoints.small_checkpoints import assert_close
-from tests.models.small_models import small_seq2seq_backbone, small_seq2seq_lm
+from tests.models.small_models import (
+    small_seq2seq_backbone,
+    small_seq2seq_lm,
+    source_and_target,
+)
 
 V = 48
 _SIZES = {
@@ -247,6 +252,121 @@ def test_a_checkpoint_with_one_table_of_embeddings(tmp_path):
     safetensors.numpy.save_file(tensors, file, {"format": "pt"})
     ours = MoESeq2SeqLM.from_preset(str(tmp_path))
     assert_close(ours_on(ours, batch())[1], expected)
+
+
+EMBEDDINGS = (
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "decoder.embed_tokens.weight",
+    "lm_head.weight",
+)
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["different", "alike"])
+@pytest.mark.parametrize(
+    "there",
+    [(0, 1, 2, 3), (0, 3), (0, 2), (1, 3), (1, 2), (2, 3), (3,)],
+    ids=lambda there: "".join("sedl"[i] for i in there),
+)
+def test_embeddings_said_to_be_tied(there, alike, tmp_path):
+    """What a checkpoint holds stays as it is; logits are scaled as tied ones are."""
+    theirs = make_model("roomy")
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    table = tensors.pop("shared.weight")
+    assert not set(EMBEDDINGS) & set(tensors)
+    for i in there:
+        tensors[EMBEDDINGS[i]] = table if alike else np.roll(table, i, axis=0)
+    safetensors.numpy.save_file(tensors, file, {"format": "pt"})
+    theirs = type(theirs).from_pretrained(tmp_path).eval()
+    assert theirs.config.tie_word_embeddings
+    expected = theirs_on(theirs, batch())
+    ours = MoESeq2SeqLM.from_preset(str(tmp_path))
+    states, logits = ours_on(ours, batch())
+    assert_close(states, expected.encoder_last_hidden_state.numpy())
+    assert_close(logits, expected.logits.numpy())
+    tied = alike or len(there) == 1
+    assert ours.backbone.tied_embeddings == tied
+    if tied:
+        return
+    # No `config.json` says this of a model: it does not go out as another.
+    with pytest.raises(ValueError, match="output_multiplier="):
+        ours.export_to_transformers(tmp_path / "out")
+
+
+def _letters():
+    names = ["<pad>", "</s>", *"abcdefghijklmnop"]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: i for i, name in enumerate(names)}, [])
+    )
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "config, generation, start",
+    [(0, None, 0), (5, None, 5), (5, 7, 7), (0, 7, 7), (None, None, 0)],
+)
+def test_targets_begin_with_the_token_that_is_named(
+    config, generation, start, tmp_path
+):
+    theirs = make_model("roomy")
+    theirs.save_pretrained(tmp_path)
+    _letters().save(str(tmp_path / "tokenizer.json"))
+    for name, value in (("config", config), ("generation_config", generation)):
+        path = tmp_path / f"{name}.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "decoder_start_token_id": value}))
+    if generation is None:
+        path.unlink()  # Transformers then takes it from `config.json`
+    theirs = type(theirs).from_pretrained(tmp_path).eval()
+    if config is None:  # where Transformers asks for it
+        theirs.generation_config.decoder_start_token_id = 0
+    source = torch.tensor([[2, 3, 4, 1]])
+    expected = theirs.generate(source, max_length=6, eos_token_id=None)[0].tolist()
+    assert expected[0] == start
+    ours = MoESeq2SeqLM.from_preset(str(tmp_path))
+    ours.compile(sampler="greedy")
+    prompt = ours.preprocessor.generate_preprocess(
+        ["abc"], encoder_sequence_length=4, decoder_sequence_length=6
+    )
+    assert np.asarray(prompt["encoder_token_ids"]).tolist() == source.tolist()
+    x, y, _ = ours.preprocessor(
+        {"encoder_text": ["abc"], "decoder_text": ["de"]}, decoder_sequence_length=3
+    )
+    assert np.asarray(x["decoder_token_ids"]).tolist() == [[start, 5, 6]]
+    without = MoESeq2SeqLM(ours.backbone)
+    without.compile(sampler="greedy")
+    prompt = {name: np.asarray(value) for name, value in prompt.items()}
+    found = without.generate(prompt, stop_token_ids=None)["decoder_token_ids"]
+    assert found[0].tolist() == expected
+    # And out, and in again.
+    ours.export_to_transformers(tmp_path / "out")
+    back = type(theirs).from_pretrained(tmp_path / "out").eval()
+    assert back.config.decoder_start_token_id == start
+    found = back.generate(source, max_length=6, eos_token_id=None)[0].tolist()
+    assert found == expected
+    again = MoESeq2SeqLM.from_preset(str(tmp_path / "out")).preprocessor
+    assert again.tokenizer.start_token == ours.preprocessor.tokenizer.start_token
+
+
+def test_a_start_that_the_tokenizer_lacks_is_refused(tmp_path):
+    make_model("roomy", decoder_start_token_id=40).save_pretrained(tmp_path)
+    _letters().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="`decoder_start_token_id`.*40"):
+        MoESeq2SeqLM.from_preset(str(tmp_path))
+
+
+def test_a_model_without_a_tokenizer_generates_there(tmp_path):
+    ours = small_seq2seq_lm(vocabulary_size=V, dense_dim=24)
+    ours.export_to_transformers(tmp_path / "out")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    found = theirs.generate(torch.tensor([[2, 3]]), max_length=6, eos_token_id=None)
+    ours.compile(sampler="greedy")
+    inputs = source_and_target([np.array([2, 3])], [np.array([0])], 6)
+    expected = ours.generate(inputs, stop_token_ids=None)["decoder_token_ids"]
+    np.testing.assert_array_equal(found.numpy(), expected)
 
 
 def test_plans(pair, tmp_path):

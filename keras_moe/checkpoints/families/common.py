@@ -77,6 +77,9 @@ class Family:
             names may be left aside.
         stand_ins: dict: by the name of a tensor that a checkpoint may not hold,
             those that have the same values, the first that is there serving.
+        tied: names of the tensors that are one where `config.json` ties embeddings.
+            As in Transformers, those that a checkpoint holds stay as they are, and
+            the first that is there serves for those that it does not.
         has_encoder: bool: it is a `MoESeq2SeqBackbone`, else a `MoEBackbone`.
         variant: callable from a `config.json`, a dict, to the family whose tensors lie
             as it says; None where all lie alike.
@@ -94,6 +97,7 @@ class Family:
     aliases: dict = dataclasses.field(default_factory=dict)
     ignored: Callable = may_be_ignored
     stand_ins: dict = dataclasses.field(default_factory=dict)
+    tied: tuple = ("model.embed_tokens.weight", "lm_head.weight")
     has_encoder: bool = False
     variant: Callable | None = None
     empty: Callable = lambda settings: {}

@@ -163,4 +163,5 @@ DBRX = common.Family(
         "max_seq_len": 2048,
         "initializer_range": 0.02,
     },
+    tied=("transformer.wte.weight", "lm_head.weight"),
 )

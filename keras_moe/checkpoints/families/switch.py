@@ -9,7 +9,9 @@ follow it:
   or not;
 - which layers are sparse follows from how many are wanted (`_sparse_step`);
 - encoder and decoder share their embeddings only where the output does, too. A
-  checkpoint of an older release may hold one table for both nonetheless.
+  checkpoint of an older release may hold one table for both nonetheless. Where the
+  three are said to be one and a checkpoint holds them apart, they stay apart, and
+  logits are scaled as tied ones are.
 
 Its router losses, which are those of training and stay as they are, take the tokens of
 all mixtures of a stack as one, and the balance loss each sequence alone; ours are the
@@ -238,9 +240,14 @@ SWITCH = common.Family(
     entries=_entries,
     ignored=_may_be_ignored,
     stand_ins={
-        "shared.weight": ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"),
         "encoder.embed_tokens.weight": ("shared.weight",),
         "decoder.embed_tokens.weight": ("shared.weight",),
     },
+    tied=(
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        "lm_head.weight",
+    ),
     has_encoder=True,
 )
