@@ -15,6 +15,7 @@ from huggingface_hub import constants as hub_constants
 
 import keras_moe
 from keras_moe import architecture
+from keras_moe.dispatch import expert_capacity
 from keras_moe.layers import gelu_tanh
 from keras_moe.models import (
     MoEBackbone,
@@ -43,7 +44,8 @@ COUNTED = {
     "grok_1": (315.7, 83.8),
     "deepseek_v3": (671.0, 37.55),  # arXiv:2412.19437 says 671 and 37
 }
-# Encoder-decoders: totals, as their sources state no count of what a token uses.
+# Encoder-decoders: totals, and what a token uses where a dense model of the same work
+# tells it: T5-Base and T5-Large.
 COUNTED_IN_ALL = {
     "switch_base_8": 0.619,
     "switch_base_16": 1.072,
@@ -63,6 +65,7 @@ COUNTED_IN_ALL = {
     "st_moe_l": 4.105,
     "st_moe_32b": 269.1,
 }
+USED = {"switch_base_8": 0.223, "switch_large_128": 0.741}
 DECODERS = sorted(COUNTED)
 ENCODER_DECODERS = sorted(COUNTED_IN_ALL)
 NAMES = DECODERS + ENCODER_DECODERS
@@ -242,7 +245,7 @@ def test_folder(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_counts(name):
     described = presets.describe(name)
-    known = COUNTED.get(name) or (COUNTED_IN_ALL[name], None)
+    known = COUNTED.get(name) or (COUNTED_IN_ALL[name], USED.get(name))
     for kind, counted, parameters in zip(
         ("total", "active"), known, count(settings(name)), strict=True
     ):
@@ -342,6 +345,7 @@ def test_small_encoder_decoder_keeps_its_family(name):
         "switch_xxl_128": (1.25, 4.0, 4096),
         "switch_c_2048": (1.0, 2.0, 2048),
         "gshard": (1.0, eval_factor, 2048),
+        "st_moe": (0.625, 1.0, 4096),  # half of the paper's, for two choices
     }
     found = (
         mixture.capacity_factor,
@@ -349,12 +353,31 @@ def test_small_encoder_decoder_keeps_its_family(name):
         mixture.capacity_group,
     )
     keys = [key for key in expected if name.startswith(key)]
-    assert found == (expected[keys[0]] if keys else (1.25, 2.0, 4096))
+    assert found == (expected[keys[0]] if keys else (1.25, 2.0, 4096))  # Large
     assert mixture.balance_loss == 0.01
     assert mixture.z_loss == (0.001 if family == "st_moe" else 0.0)
     assert mixture.balance_choices == ("all" if family == "switch" else "first")
     untied = family == "st_moe" or name in ("switch_xxl_128", "switch_c_2048")
     assert backbone.token_embedding.tie_weights != untied
+
+
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_capacities_are_the_published_ones(name):
+    """Of a whole group of G tokens, by the papers' own formulas."""
+    settings = json.loads((presets.ROOT / name / "config.json").read_text())["config"]
+    group, experts = settings["capacity_group"], settings["num_experts"]
+    family = presets.describe(name)["family"]
+    if family == "gshard":  # 2 N / (G E), algorithm 1, in training and outside
+        factors = (2.0, 2.0)
+    elif family == "st_moe":  # 1.25 and 2.0 of the tokens, whatever is chosen
+        factors = (1.25, 2.0)
+    else:  # eq. 3 of Switch
+        factors = {"switch_c_2048": (1.0, 2.0), "switch_xxl_128": (1.25, 4.0)}
+        factors = factors.get(name, (1.25, 2.0))
+    train = settings["capacity_factor"]
+    given = train, settings.get("eval_capacity_factor", train)
+    found = [expert_capacity(f, group, experts, settings["top_k"]) for f in given]
+    assert found == [round(factor * group / experts) for factor in factors]
 
 
 @pytest.mark.parametrize("name", DECODERS)
