@@ -45,13 +45,16 @@ class DecoderBlock(TransformerBlock):
         padding_mask: bool or int tensor `[B, T]`, 0 for padding, or None.
         cache: None, or the attention's cache; with cross-attention a pair of that
             and of the source's keys and values (`CrossAttention.project_source`).
+            With a cache a mixture's capacity is that of each sequence (see
+            `per_sequence` of `MixtureOfExperts`).
         cache_index: int or scalar int tensor: where in the cache `inputs` start.
         training: bool.
         return_statistics: bool; a mixture's statistics are returned, and not
             recorded.
         mask: the mask that Keras attached to `inputs`, which it passes by itself;
             `padding_mask` goes before it.
-        source: float tensor `[B, S, D]` for cross-attention, without a cache.
+        source: float tensor `[B, S, D]` for cross-attention, which needs it unless
+            there is a cache.
         source_mask: bool or int tensor `[B, S]`, 0 for padding, or None.
         position_bias: see `GroupedQueryAttention`.
 

@@ -30,6 +30,7 @@ class EncoderBlock(TransformerBlock):
         mask: the mask that Keras attached to `inputs`, which it passes by itself;
             `padding_mask` goes before it.
         position_bias: see `GroupedQueryAttention`.
+        per_sequence: see `MixtureOfExperts`.
 
     Returns:
         A tensor `[B, T, D]`; with `return_statistics=True` also the mixture's
@@ -54,6 +55,7 @@ class EncoderBlock(TransformerBlock):
         return_statistics=False,
         mask=None,
         position_bias=None,
+        per_sequence=False,
     ):
         return self._run(
             inputs,
@@ -61,6 +63,7 @@ class EncoderBlock(TransformerBlock):
             training,
             return_statistics,
             position_bias=position_bias,
+            per_sequence=per_sequence,
         )
 
     def compute_output_spec(
@@ -71,5 +74,6 @@ class EncoderBlock(TransformerBlock):
         return_statistics=False,
         mask=None,
         position_bias=None,
+        per_sequence=False,
     ):
         return self._specs(inputs, None, return_statistics)

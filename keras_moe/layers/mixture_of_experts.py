@@ -60,8 +60,9 @@ class MixtureOfExperts(keras.layers.Layer):
     connection around this layer alone. Whether a token is dropped depends on the
     others in its group. With `top_k > 1` capacity is therefore not causal even
     within a sequence: a later token's first choice goes before an earlier token's
-    second. Cached generation then differs from a full forward pass, and padding
-    counts towards G, though not towards the load. Use `"dropless"` where that
+    second. Cached generation, where the blocks of this package take each sequence
+    for a group, then differs from a full forward pass, and padding counts towards
+    G, though not towards the load. Use `"dropless"` where that
     matters.
 
     **Losses.** In training `balance_loss` and `z_loss` times their coefficients
@@ -132,6 +133,10 @@ class MixtureOfExperts(keras.layers.Layer):
             and the load.
         training: bool.
         return_statistics: bool.
+        per_sequence: bool: the groups of a capacity are the sequences, whatever
+            `capacity_group` is, so that no sequence depends on the others of its
+            batch, as in generation. A sequence shorter than a `capacity_group` of
+            that many tokens has the same C.
 
     Returns:
         A tensor of the shape of `inputs`; with `return_statistics=True` also the
@@ -375,9 +380,16 @@ class MixtureOfExperts(keras.layers.Layer):
         """Scalar variable: the share of them dropped for want of capacity."""
         return self._load.dropped
 
-    def call(self, inputs, mask=None, training=None, return_statistics=False):
+    def call(
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        return_statistics=False,
+        per_sequence=False,
+    ):
         outputs, statistics = self.mix(
-            inputs, mask, training, with_statistics=training or return_statistics
+            inputs, mask, training, training or return_statistics, per_sequence
         )
         if return_statistics:
             return outputs, statistics
@@ -385,7 +397,14 @@ class MixtureOfExperts(keras.layers.Layer):
             self.record(statistics)
         return outputs
 
-    def mix(self, inputs, mask=None, training=None, with_statistics=True):
+    def mix(
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        with_statistics=True,
+        per_sequence=False,
+    ):
         """The mixture as a pure function: no loss added, no state but a seed.
 
         Args:
@@ -393,6 +412,7 @@ class MixtureOfExperts(keras.layers.Layer):
             mask: bool tensor `[...]` or None.
             training: bool.
             with_statistics: bool; if False the second result is None.
+            per_sequence: bool, as for a call.
 
         Returns:
             `(outputs, statistics)`.
@@ -403,7 +423,9 @@ class MixtureOfExperts(keras.layers.Layer):
             mask = None if self.route_padding else self._flat_mask(mask, inputs)
         routing = limited = self.router(tokens, mask=mask, training=training)
         if self.dispatch == "capacity":
-            group_size, capacity = self._group_and_capacity(shape, training)
+            group_size, capacity = self._group_and_capacity(
+                shape, training, per_sequence
+            )
             limited = limit_capacity(routing, capacity, group_size, self.num_experts)
         outputs = self._compute(tokens, limited, training)
         if self.num_shared_experts:
@@ -438,12 +460,13 @@ class MixtureOfExperts(keras.layers.Layer):
             )
         return ops.reshape(mask, (-1,))
 
-    def _group_and_capacity(self, shape, training):
-        if self.capacity_group == "sequence":
+    def _group_and_capacity(self, shape, training, per_sequence):
+        if self.capacity_group == "sequence" or per_sequence:
             if len(shape) < 3:
                 raise ValueError(
-                    '`capacity_group="sequence"` needs inputs of rank 3 or more, '
-                    f"[..., S, D]. Received: inputs.shape={tuple(shape)}"
+                    '`capacity_group="sequence"` and `per_sequence=True` need inputs '
+                    "of rank 3 or more, [..., S, D]. Received: "
+                    f"inputs.shape={tuple(shape)}"
                 )
             group_size = shape[-2]
         elif self.capacity_group == "batch":
@@ -459,8 +482,15 @@ class MixtureOfExperts(keras.layers.Layer):
         factor = self.capacity_factor
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
+        counted = group_size
+        if per_sequence and not isinstance(self.capacity_group, str):
+            counted = self.capacity_group
+            if not isinstance(group_size, int):
+                counted = ops.maximum(group_size, counted)
+            else:
+                counted = max(group_size, counted)
         return group_size, expert_capacity(
-            factor, group_size, self.num_experts, self.top_k
+            factor, counted, self.num_experts, self.top_k
         )
 
     def record(self, statistics):
@@ -487,7 +517,12 @@ class MixtureOfExperts(keras.layers.Layer):
         return input_shape
 
     def compute_output_spec(
-        self, inputs, mask=None, training=None, return_statistics=False
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        return_statistics=False,
+        per_sequence=False,
     ):
         outputs = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
         if return_statistics:

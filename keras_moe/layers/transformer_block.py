@@ -104,6 +104,7 @@ class TransformerBlock(keras.layers.Layer):
         source=None,
         source_mask=None,
         position_bias=None,
+        per_sequence=False,
     ):
         """The results of `call`; adds the losses of a training step."""
         masks = padding_mask, source_mask
@@ -114,7 +115,14 @@ class TransformerBlock(keras.layers.Layer):
                 self.feed_forward.record(statistics)
         else:
             x, cache, statistics = self._forward(
-                *floats, masks, cache, cache_index, training, return_statistics
+                *floats,
+                masks,
+                cache,
+                cache_index,
+                training,
+                return_statistics,
+                # What is generated for a row must not depend on the others.
+                per_sequence or cache is not None,
             )
         return _packed(x, cache, statistics, return_statistics)
 
@@ -128,6 +136,7 @@ class TransformerBlock(keras.layers.Layer):
         cache_index,
         training,
         with_statistics,
+        per_sequence=False,
     ):
         padding_mask, source_mask = masks
         own_cache, source_cache = cache, None
@@ -162,10 +171,16 @@ class TransformerBlock(keras.layers.Layer):
             y = self.feed_forward(y, training=training)
         elif with_statistics:
             y, statistics = self.feed_forward(
-                y, mask=padding_mask, training=training, return_statistics=True
+                y,
+                mask=padding_mask,
+                training=training,
+                return_statistics=True,
+                per_sequence=per_sequence,
             )
         else:
-            y = self.feed_forward(y, mask=padding_mask, training=training)
+            y = self.feed_forward(
+                y, mask=padding_mask, training=training, per_sequence=per_sequence
+            )
         x = x + self._dropped(self._normed_output(y, "feed_forward"), training)
         if self.extra_feed_forward is not None:
             y = self.extra_feed_forward_norm(x)

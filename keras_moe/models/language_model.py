@@ -62,15 +62,18 @@ class LanguageModel(TakesPyDatasets, PretrainedTask):
             return self.preprocessor.tokenizer.stop_token_ids
         return stop_token_ids
 
-    def _sample(self, step, prompt, padding_mask, cache, hidden_states, stop_token_ids):
+    def _sample(
+        self, decode, prompt, padding_mask, cache, hidden_states, stop_token_ids
+    ):
         """Continues prompts by the sampler.
 
         Args:
-            step: callable `(token_ids [B, 1], cache, index)` to logits `[B, 1, V]`,
-                hidden states `[B, 1, D]` and the cache.
+            decode: callable `(token_ids [B, 1], cache, index)` to hidden states
+                `[B, 1, D]` and the cache.
             prompt: int tensor `[B, T]`.
             padding_mask: bool tensor `[B, T]`, padding at the right.
-            cache: the cache after the prompt.
+            cache: the cache after the prompt, a pair of what a step writes, every
+                leaf `[B, T, ...]`, and of what stays.
             hidden_states: tensor `[B, T, D]`, those of the prompt.
             stop_token_ids: None or a tuple of ids.
 
@@ -79,9 +82,27 @@ class LanguageModel(TakesPyDatasets, PretrainedTask):
         """
         prompt_lengths = ops.sum(ops.cast(padding_mask, "int32"), axis=-1)
 
+        # Samplers start at the shortest prompt's last token, so that it and what is
+        # left of others goes through `decode` again, alone: where capacity is
+        # limited, not to the same experts.
+        prompts_differ = any(m.dispatch == "capacity" for m in self.backbone.mixtures)
+        if prompts_differ:
+            ends = (prompt_lengths - 1)[:, None, None]
+            last = ops.take_along_axis(hidden_states, ends, axis=1)
+            cache = cache, (last, prompt_lengths)
+
         def next(prompt, cache, index):
             last = ops.slice(prompt, [0, index - 1], [ops.shape(prompt)[0], 1])
-            logits, hidden_states, cache = step(last, cache, index - 1)
+            if not prompts_differ:
+                hidden_states, cache = decode(last, cache, index - 1)
+            else:
+                cache, of_prompt = cache
+                hidden_states, new = decode(last, cache, index - 1)
+                hidden_states, cache = _keep_prompt(
+                    hidden_states, new, cache, index - 1, *of_prompt
+                )
+                cache = cache, of_prompt
+            logits = self.backbone.logits(hidden_states)
             return logits[:, 0], hidden_states[:, 0], cache
 
         token_ids = self.sampler(
@@ -118,6 +139,37 @@ class LanguageModel(TakesPyDatasets, PretrainedTask):
         """As Keras's; experts and routers stay as they are, and a warning says so."""
         super().quantize(mode, **kwargs)
         warn_experts_left(self, "quantize")
+
+
+def _keep_prompt(hidden_states, cache, before, index, last, lengths):
+    """What one step gives, but of rows still in their prompts what these gave.
+
+    Args:
+        hidden_states: tensor `[B, 1, D]`, of the step.
+        cache: the cache after the step.
+        before: that before it.
+        index: scalar int tensor, the position of the step.
+        last: tensor `[B, 1, D]`, the hidden states of the prompts' last tokens.
+        lengths: int tensor `[B]`, those of the prompts.
+
+    Returns:
+        Hidden states `[B, 1, D]` and the cache.
+    """
+
+    def keep(new, old):
+        start = (0, index) + (0,) * (len(new.shape) - 2)
+        shape = (ops.shape(new)[0], 1, *new.shape[2:])
+        new_slot, old_slot = ops.slice(new, start, shape), ops.slice(old, start, shape)
+        inside = ops.reshape(index < lengths, (-1,) + (1,) * (len(new.shape) - 1))
+        return ops.slice_update(new, start, ops.where(inside, old_slot, new_slot))
+
+    (written, fixed), (written_before, _) = cache, before
+    at_end = (lengths == index + 1)[:, None, None]
+    hidden_states = ops.where(at_end, last, hidden_states)
+    return hidden_states, (
+        keras.tree.map_structure(keep, written, written_before),
+        fixed,
+    )
 
 
 def check_vocabulary(preprocessor, backbone):

@@ -84,6 +84,13 @@ class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
         Returns:
             `(logits [B, T, V], hidden_states [B, T, D], cache)`.
         """
+        hidden_states, cache = self._decode(
+            token_ids, cache, cache_update_index, padding_mask
+        )
+        return self.backbone.logits(hidden_states), hidden_states, cache
+
+    def _decode(self, token_ids, cache, index, padding_mask=None):
+        """`call_with_cache` without logits."""
         x = self.backbone.embed(token_ids)
         updated = []
         for layer, layer_cache in zip(
@@ -93,12 +100,10 @@ class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
                 x,
                 padding_mask=padding_mask,
                 cache=layer_cache,
-                cache_index=cache_update_index,
+                cache_index=index,
             )
             updated.append(layer_cache)
-        hidden_states = self.backbone.layer_norm(x)
-        logits = self.backbone.logits(hidden_states)
-        return logits, hidden_states, tuple(updated)
+        return self.backbone.layer_norm(x), tuple(updated)
 
     def build_cache(self, batch_size, length):
         """An empty cache: zeros, a tuple a layer, as its attention has it."""
@@ -158,14 +163,19 @@ class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
         batch_size, length = ops.shape(token_ids)
         # The whole prompt at once; what lies beyond each prompt is overwritten
         # before anything attends to it.
-        _, hidden_states, cache = self.call_with_cache(
+        hidden_states, cache = self._decode(
             token_ids, self.build_cache(batch_size, length), 0, padding_mask
         )
+
+        def decode(token_ids, cache, index):
+            hidden_states, written = self._decode(token_ids, cache[0], index)
+            return hidden_states, (written, ())
+
         token_ids, padding_mask = self._sample(
-            self.call_with_cache,
+            decode,
             token_ids,
             padding_mask,
-            cache,
+            (cache, ()),
             hidden_states,
             stop_token_ids,
         )

@@ -232,7 +232,7 @@ class MoESeq2SeqBackbone(BaseBackbone):
         """The blocks of the encoder and then of the decoder, first to last."""
         return [*self.encoder_transformer_layers, *self.decoder_transformer_layers]
 
-    def encode(self, token_ids, padding_mask, found=None):
+    def encode(self, token_ids, padding_mask, found=None, per_sequence=False):
         """The states of a source.
 
         Args:
@@ -240,6 +240,7 @@ class MoESeq2SeqBackbone(BaseBackbone):
             padding_mask: bool or int tensor `[B, S]`.
             found: None, or a list to which the `RoutingStatistics` of each mixture
                 are added.
+            per_sequence: see `MixtureOfExperts`.
 
         Returns:
             A tensor `[B, S, D]`.
@@ -250,6 +251,7 @@ class MoESeq2SeqBackbone(BaseBackbone):
             x,
             found,
             padding_mask=padding_mask,
+            per_sequence=per_sequence,
             **_bias(self.encoder_position_bias, x),
         )
         return self._dropped(self.encoder_layer_norm(x))

@@ -31,8 +31,10 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
     `keras_moe.SpanCorruptionDataset`. Balance and router z-losses of the mixtures are
     part of the training loss.
 
-    Where capacity is limited, a token generated from the cache is alone in its
-    group and never dropped, though it may be in a pass over the whole target: as in
+    Where capacity is limited, generation counts it for each sequence, source and
+    target, whatever `capacity_group` is: what comes out for one does not depend on
+    the others of its batch, nor on other beams. A token that is generated is alone
+    and so never dropped, though it may be in a pass over the whole target: as in
     Transformers, the two then differ.
 
     Args:
@@ -91,34 +93,40 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
         Returns:
             `(logits [B, T, V], hidden_states [B, T, D], cache)`.
         """
-        layer_caches, source_mask = cache
+        hidden_states, cache = self._decode(
+            token_ids, cache, cache_update_index, padding_mask
+        )
+        return self.backbone.logits(hidden_states), hidden_states, cache
+
+    def _decode(self, token_ids, cache, index, padding_mask=None):
+        """`call_decoder_with_cache` without logits."""
+        written, (sources, source_mask) = cache
         backbone = self.backbone
         x = backbone.embed(token_ids, backbone.decoder_embedding)
         arguments = {}
         if backbone.decoder_position_bias is not None:
             # Of the new tokens to all that the cache has room for.
-            index = ops.arange(ops.shape(token_ids)[1], dtype="int32")
-            own_keys = layer_caches[0][0][0]
+            new = ops.arange(ops.shape(token_ids)[1], dtype="int32")
+            own_keys = written[0][0]
             arguments["position_bias"] = backbone.decoder_position_bias(
-                index + ops.cast(cache_update_index, "int32"),
+                new + ops.cast(index, "int32"),
                 ops.arange(ops.shape(own_keys)[1], dtype="int32"),
             )
         updated = []
-        for layer, layer_cache in zip(
-            backbone.decoder_transformer_layers, layer_caches, strict=True
+        for layer, own, of_source in zip(
+            backbone.decoder_transformer_layers, written, sources, strict=True
         ):
-            x, layer_cache = layer(
+            x, (own, _) = layer(
                 x,
                 padding_mask=padding_mask,
-                cache=layer_cache,
-                cache_index=cache_update_index,
+                cache=(own, of_source),
+                cache_index=index,
                 source_mask=source_mask,
                 **arguments,
             )
-            updated.append(layer_cache)
-        hidden_states = backbone.decoder_layer_norm(x)
-        logits = backbone.logits(hidden_states)
-        return logits, hidden_states, (tuple(updated), source_mask)
+            updated.append(own)
+        cache = tuple(updated), (sources, source_mask)
+        return backbone.decoder_layer_norm(x), cache
 
     def build_cache(self, source, source_mask, length):
         """A cache for targets of a length, nothing of which is there yet.
@@ -129,17 +137,14 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
             length: int, T.
 
         Returns:
-            A tuple of the layers' caches and the source's mask. A layer's is what
-            its attention keeps, zeros so far, and the source's keys and values.
+            A pair: what the attention of each layer keeps, zeros so far, and what
+            stays, the source's keys and values in each layer and its mask.
         """
-        layers = tuple(
-            (
-                layer.attention.empty_cache(ops.shape(source)[0], length),
-                layer.cross_attention.project_source(source),
-            )
-            for layer in self.backbone.decoder_transformer_layers
-        )
-        return layers, ops.cast(source_mask, "int32")
+        layers = self.backbone.decoder_transformer_layers
+        batch_size = ops.shape(source)[0]
+        written = tuple(x.attention.empty_cache(batch_size, length) for x in layers)
+        sources = tuple(x.cross_attention.project_source(source) for x in layers)
+        return written, (sources, ops.cast(source_mask, "int32"))
 
     def generate(self, inputs, max_length=None, stop_token_ids="auto", **kwargs):
         """As `keras_hub.models.Seq2SeqLM.generate`, with its input checked.
@@ -212,15 +217,13 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
             inputs[name] for name in INPUTS
         )
         padding_mask = ops.cast(padding_mask, "bool")
-        source = self.backbone.encode(source_ids, source_mask)
+        source = self.backbone.encode(source_ids, source_mask, per_sequence=True)
         cache = self.build_cache(source, source_mask, ops.shape(token_ids)[1])
         # The whole target begun at once; what lies beyond it is overwritten before
         # anything attends to it.
-        _, hidden_states, cache = self.call_decoder_with_cache(
-            token_ids, cache, 0, padding_mask
-        )
+        hidden_states, cache = self._decode(token_ids, cache, 0, padding_mask)
         token_ids, padding_mask = self._sample(
-            self.call_decoder_with_cache,
+            self._decode,
             token_ids,
             padding_mask,
             cache,

@@ -2,6 +2,7 @@
 
 import json
 
+import keras_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -155,6 +156,30 @@ def test_greedy_generation_is_identical(pair):
     ours.compile(sampler="greedy")
     inputs["decoder_token_ids"][:] = 0
     inputs["decoder_padding_mask"][:, 1:] = 0
+    found = ours.generate(inputs, stop_token_ids=None)["decoder_token_ids"]
+    np.testing.assert_array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("name", ["dropping", "roomy", "untied"])
+def test_targets_begun_with_several_tokens(name, beams, tmp_path):
+    """By greedy and by beam search, in which no beam ends."""
+    theirs = make_model(name)
+    theirs.save_pretrained(tmp_path)
+    ours = MoESeq2SeqLM.from_preset(str(tmp_path))
+    inputs, begun = batch(target=12), 5
+    expected = theirs.generate(
+        input_ids=torch.tensor(inputs["encoder_token_ids"]).long(),
+        attention_mask=torch.tensor(inputs["encoder_padding_mask"]).long(),
+        decoder_input_ids=torch.tensor(inputs["decoder_token_ids"][:, :begun]).long(),
+        num_beams=beams,
+        do_sample=False,
+        max_length=12,
+        eos_token_id=None,
+    )
+    sampler = keras_hub.samplers.BeamSampler(num_beams=beams)
+    ours.compile(sampler=sampler if beams > 1 else "greedy")
+    inputs["decoder_padding_mask"][:, begun:] = 0
     found = ours.generate(inputs, stop_token_ids=None)["decoder_token_ids"]
     np.testing.assert_array_equal(found, expected.numpy())
 

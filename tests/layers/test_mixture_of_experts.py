@@ -224,6 +224,26 @@ class TestCapacity:
         assert 0 < expected < 1
         np.testing.assert_allclose(float(layer.dropped_fraction), expected, rtol=1e-6)
 
+    @pytest.mark.parametrize(
+        "group, capacity", [("batch", 3), ("sequence", 3), (4, 3), (20, 8)]
+    )
+    def test_sequences_for_themselves(self, group, capacity):
+        """`per_sequence=True` counts C in each, and of no fewer tokens than a group."""
+        shape = (3, 6, DIM)
+        settings = dict(top_k=2, dispatch="capacity")
+        layer, x = make(shape, capacity_factor=1.0, capacity_group=group, **settings)
+        alone, _ = make(shape, capacity=capacity, capacity_group="sequence", **settings)
+        found = to_numpy(layer(x, per_sequence=True))
+        expected = reference_of(alone)(x, *weights_of(layer))
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+        for row, wanted in zip(x, found, strict=True):
+            single = to_numpy(layer(row[None], per_sequence=True))[0]
+            np.testing.assert_allclose(single, wanted, atol=1e-6)
+        # A token alone, as one that is generated, is never dropped.
+        dropless, _ = make(shape, top_k=2)
+        one = to_numpy(layer(x[:, :1], per_sequence=True))
+        np.testing.assert_allclose(one, to_numpy(dropless(x[:, :1])), atol=1e-6)
+
     def test_sequence_groups_need_a_sequence(self):
         layer, x = make((6, DIM), capacity_group="sequence", **CAPACITY)
         with pytest.raises(ValueError, match=r"rank 3 or more.*inputs.shape=\(6, 4\)"):

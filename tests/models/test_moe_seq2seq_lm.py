@@ -79,6 +79,34 @@ def test_logits_with_a_cache_equal_those_without():
         start = end
 
 
+@pytest.mark.parametrize("sampler", ["greedy", "beam"])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"capacity": 1},
+        {"capacity_factor": 0.1},
+        {"capacity_factor": 0.1, "capacity_group": 20},
+        {"capacity": 1, "capacity_group": "sequence", "route_padding": True},
+    ],
+    ids=["capacity", "factor", "group", "sequence"],
+)
+def test_a_row_does_not_depend_on_the_others(limit, sampler):
+    """Nor a beam: where capacity is limited, generation counts it for each."""
+    limit = {"dispatch": "capacity", "capacity_group": "batch", **limit}
+    seq2seq_lm = small_seq2seq_lm(top_k=2, moe_every=1, moe_offset=0, **limit)
+    seq2seq_lm.compile(sampler=sampler)
+    # KerasHub's beams count what is given of the longer targets as if chosen.
+    begun = BEGUN if sampler == "greedy" else [row[:1] for row in BEGUN]
+    together = source_and_target(SOURCES, begun, LENGTH)
+    statistics = seq2seq_lm.backbone.routing_statistics(together)
+    assert any(float(s.dropped) for s in statistics)
+    found = seq2seq_lm.generate(together, stop_token_ids=None)["decoder_token_ids"]
+    for row in range(3):
+        alone = {name: value[row : row + 1] for name, value in together.items()}
+        alone = seq2seq_lm.generate(alone, stop_token_ids=None)["decoder_token_ids"]
+        np.testing.assert_array_equal(found[row], alone[0])
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler(sampler):
     seq2seq_lm = small_seq2seq_lm(encoder_layers=1, decoder_layers=1, moe_offset=0)
