@@ -78,6 +78,11 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
         outputs = backbone.logits(backbone(inputs)["decoder_sequence_output"])
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
 
+    def __call__(self, inputs, *args, **kwargs):
+        backbone = self.backbone
+        check_inputs(inputs, backbone.vocabulary_size, backbone.context_length)
+        return super().__call__(inputs, *args, **kwargs)
+
     def call_decoder_with_cache(
         self, token_ids, cache, cache_update_index, padding_mask=None
     ):
@@ -195,11 +200,15 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
                     f"encoder_sequence_length={length}"
                 )
         elif isinstance(inputs, dict):
-            arrays = {name: ops.convert_to_numpy(inputs[name]) for name in INPUTS}
+            arrays = {
+                name: ops.convert_to_numpy(inputs[name])
+                for name in INPUTS
+                if name in inputs
+            }
+            check_inputs(arrays, self.backbone.vocabulary_size, context)
             check_right_padding(
                 arrays["decoder_padding_mask"].astype(bool), "decoder_padding_mask"
             )
-            check_inputs(arrays, self.backbone.vocabulary_size, context)
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Generates for one batch of token ids; compiled by `generate()`.

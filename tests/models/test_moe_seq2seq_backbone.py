@@ -10,6 +10,7 @@ from tests.models.small_models import (
     SEQ2SEQ,
     random_ids,
     small_seq2seq_backbone,
+    small_seq2seq_lm,
     source_and_target,
 )
 
@@ -287,11 +288,44 @@ def _changed(name, value):
     ids=["batches", "source", "target", "source_ids", "target_ids", "padding"],
 )
 def test_bad_inputs(batch, named):
-    backbone = small_seq2seq_backbone(context_length=12)
+    _assert_refused(batch, named)
+
+
+@pytest.mark.parametrize("of", [np.asarray, ops.convert_to_tensor, np.ndarray.tolist])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"decoder_token_ids": None}, "must be a dict of.*'decoder_token_ids'"),
+        ({"encoder_padding_mask": np.ones((2, 6))}, "the shape of `encoder_token_ids`"),
+        ({"decoder_padding_mask": np.ones((2, 7))}, "the shape of `decoder_token_ids`"),
+        ({"decoder_padding_mask": np.ones((2,))}, "`decoder_padding_mask`.*rank 2"),
+        (source_and_target(SOURCES, [TARGETS[0]]), "as many sources as targets"),
+        (
+            {
+                "encoder_token_ids": np.zeros((2, 0), "int32"),
+                "encoder_padding_mask": np.zeros((2, 0), "int32"),
+            },
+            "`encoder_token_ids`.*at least one token",
+        ),
+    ],
+    ids=["missing", "source_mask", "target_mask", "rank", "batches", "empty"],
+)
+def test_inputs_that_do_not_fit(changes, named, of):
+    batch = {**inputs(), **changes}
+    _assert_refused({k: of(v) for k, v in batch.items() if v is not None}, named)
+
+
+def _assert_refused(batch, named):
+    seq2seq_lm = small_seq2seq_lm(context_length=12)
+    for call in (
+        seq2seq_lm,
+        seq2seq_lm.backbone,
+        seq2seq_lm.backbone.routing_statistics,
+    ):
+        with pytest.raises(ValueError, match=named):
+            call(batch)
     with pytest.raises(ValueError, match=named):
-        backbone(batch)
-    with pytest.raises(ValueError, match=named):
-        backbone.routing_statistics(batch)
+        seq2seq_lm.generate(batch, stop_token_ids=None)
 
 
 def test_a_source_of_padding_stays_finite():
