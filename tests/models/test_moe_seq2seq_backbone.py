@@ -395,6 +395,26 @@ def test_dropout_and_recomputation_in_training():
         np.testing.assert_allclose(a, b, atol=1e-5)
     mixture = backbone.mixtures[0]
     assert mixture.experts.dropout == 0.5
+    # And the gradients, of what was dropped alike.
+    steps = []
+    for recompute in (False, True):
+        keras.utils.set_random_seed(0)
+        seq2seq_lm = small_seq2seq_lm(
+            dropout=0.3,
+            expert_dropout=0.5,
+            recompute=recompute,
+            router_jitter=0.1,
+            balance_loss=0.1,
+            z_loss=0.01,
+        )
+        seq2seq_lm.compile(optimizer=keras.optimizers.SGD(0.1))
+        start = seq2seq_lm.get_weights()
+        seq2seq_lm.fit(inputs(), random_ids(2, 6, seed=9), verbose=0)
+        steps.append(seq2seq_lm.get_weights())
+        moved = [np.abs(a - b).max() for a, b in zip(start, steps[-1], strict=True)]
+        assert np.mean(np.array(moved) > 0) > 0.9
+    for plain, anew in zip(*steps, strict=True):
+        np.testing.assert_allclose(anew, plain, atol=1e-5)
     assert backbone.encoder_transformer_layers[0].feed_forward.dropout == 0.3
     kept = small_seq2seq_backbone(dropout=0.2).mixtures[0]
     assert kept.experts.dropout == 0.2
