@@ -32,10 +32,12 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
     part of the training loss.
 
     Where capacity is limited, generation counts it for each sequence, source and
-    target, whatever `capacity_group` is: what comes out for one does not depend on
-    the others of its batch, nor on other beams. A token that is generated is alone
-    and so never dropped, though it may be in a pass over the whole target: as in
-    Transformers, the two then differ.
+    target, whatever `capacity_group` is: what the model makes of one does not depend
+    on the others of its batch, nor on other beams. A token that is generated is
+    alone and so never dropped, though it may be in a pass over the whole target: as
+    in Transformers, the two then differ. (KerasHub's beam search itself goes on until
+    every target of a batch has ended, and counts what is given of the longer ones as
+    if chosen, so that its rows depend on each other still.)
 
     Args:
         backbone: a `MoESeq2SeqBackbone`.
