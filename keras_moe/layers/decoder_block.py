@@ -87,6 +87,11 @@ class DecoderBlock(TransformerBlock):
         source_mask=None,
         position_bias=None,
     ):
+        if source is not None and self.cross_attention is None:
+            raise ValueError(
+                "`source` needs a block with `cross_attention`. Received: "
+                f"source.shape={tuple(source.shape)}, cross_attention=None"
+            )
         return self._run(
             inputs,
             mask if padding_mask is None else padding_mask,

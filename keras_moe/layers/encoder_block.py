@@ -47,6 +47,14 @@ class EncoderBlock(TransformerBlock):
     ```
     """
 
+    def __init__(self, attention, feed_forward, **kwargs):
+        if kwargs.get("cross_attention") is not None:
+            raise ValueError(
+                "`cross_attention` must be None: an encoder sees no other states. "
+                f"Received: cross_attention={kwargs['cross_attention']!r}"
+            )
+        super().__init__(attention, feed_forward, **kwargs)
+
     def call(
         self,
         inputs,

@@ -85,15 +85,15 @@ class LanguageModel(TakesPyDatasets, PretrainedTask):
         # Samplers start at the shortest prompt's last token, so that it and what is
         # left of others goes through `decode` again, alone: where capacity is
         # limited, not to the same experts.
-        prompts_differ = any(m.dispatch == "capacity" for m in self.backbone.mixtures)
-        if prompts_differ:
+        limited = any(m.dispatch == "capacity" for m in self.backbone.mixtures)
+        if limited:
             ends = (prompt_lengths - 1)[:, None, None]
             last = ops.take_along_axis(hidden_states, ends, axis=1)
             cache = cache, (last, prompt_lengths)
 
         def next(prompt, cache, index):
             last = ops.slice(prompt, [0, index - 1], [ops.shape(prompt)[0], 1])
-            if not prompts_differ:
+            if not limited:
                 hidden_states, cache = decode(last, cache, index - 1)
             else:
                 cache, of_prompt = cache

@@ -75,7 +75,8 @@ class MoEBackbone(BaseBackbone):
         dropout: float in `[0, 1)`, of both sublayers' outputs.
         recompute: bool: in training, keep only the inputs of each block for the
             gradient and compute the rest anew (see `DecoderBlock`).
-        initializer_stddev: float, of the normal initializer of all matrices.
+        initializer_stddev: float, of the normal initializer of all matrices, where
+            `initializer_scale` is None; otherwise it has no effect.
         initializer_scale: float or None: s in the standard deviation `sqrt(s / n)`
             that matrices of n inputs have instead, truncated at two of it (Switch
             Transformers, [Fedus et al., 2021](https://arxiv.org/abs/2101.03961),

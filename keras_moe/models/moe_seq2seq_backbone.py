@@ -44,7 +44,8 @@ class MoESeq2SeqBackbone(BaseBackbone):
             `output_norms`, `embedding_multiplier`, `output_multiplier`,
             `rope_theta`, `relative_buckets`, `relative_max_distance`, `norm`,
             `norm_epsilon`, `tied_embeddings`, `recompute`, `extra_dense`,
-            `initializer_stddev` and `initializer_scale`.
+            `initializer_stddev`, and `initializer_scale`, which is 0.1 here, so that
+            `initializer_stddev` needs `initializer_scale=None` to have an effect.
         encoder_dense_layers: None, or the indices of other encoder layers that are
             dense.
         decoder_dense_layers: None, or those of decoder layers.
@@ -76,7 +77,9 @@ class MoESeq2SeqBackbone(BaseBackbone):
     Raises:
         ValueError: for settings outside the ranges above, sequences longer than
             `context_length`, batches of different sizes, and in NumPy arrays token
-            ids out of range and a source of nothing but padding.
+            ids out of range and a source of nothing but padding, whose states as a
+            tensor are finite and mean nothing. Also for an input that is missing,
+            masks of another shape than their ids, and sequences without a token.
 
     Example:
 
@@ -313,25 +316,51 @@ INPUTS = (
 )
 
 
+def _shapes(inputs):
+    """The shapes by name, where ids and masks are there and fit."""
+    if not isinstance(inputs, dict) or not set(INPUTS) <= set(inputs):
+        received = sorted(inputs) if isinstance(inputs, dict) else type(inputs).__name__
+        raise ValueError(
+            f"`inputs` must be a dict of {', '.join(map(repr, INPUTS))}. "
+            f"Received: {received}"
+        )
+    shapes = {}
+    for name in INPUTS:
+        array = inputs[name]
+        shapes[name] = tuple(
+            array.shape if hasattr(array, "shape") else np.shape(array)
+        )
+    for part in ("encoder", "decoder"):
+        ids, mask = f"{part}_token_ids", f"{part}_padding_mask"
+        received = f"Received: {ids}.shape={shapes[ids]}, {mask}.shape={shapes[mask]}"
+        if any(len(shapes[name]) != 2 or shapes[name][1] == 0 for name in (ids, mask)):
+            raise ValueError(
+                f"`{ids}` and `{mask}` must be of rank 2, with at least one token a "
+                f"row. {received}"
+            )
+        pairs = zip(shapes[ids], shapes[mask], strict=True)
+        if any(None not in pair and pair[0] != pair[1] for pair in pairs):
+            raise ValueError(f"`{mask}` must have the shape of `{ids}`. {received}")
+    return shapes
+
+
 def _bias(layer, x):
     return {} if layer is None else {"position_bias": layer(x)}
 
 
 def check_inputs(inputs, vocabulary_size, context_length):
-    """Refuses batches of different sizes, and what `check_tokens` does.
+    """Refuses inputs that do not fit one another, and what `check_tokens` does.
 
     Also sources of nothing but padding, where known: in NumPy arrays.
     """
-    sizes = {}
+    shapes = _shapes(inputs)
     for name in INPUTS:
-        array = inputs[name]
-        sizes[name] = tuple(getattr(array, "shape", np.shape(array)))
         if name.endswith("token_ids"):
-            check_tokens(array, vocabulary_size, context_length, name)
-    if len({size[0] for size in sizes.values()} - {None}) > 1:
+            check_tokens(inputs[name], vocabulary_size, context_length, name)
+    if len({shape[0] for shape in shapes.values()} - {None}) > 1:
         raise ValueError(
             "`inputs` must hold as many sources as targets. Received: "
-            f"{', '.join(f'{name}.shape={size}' for name, size in sizes.items())}"
+            f"{', '.join(f'{name}.shape={shape}' for name, shape in shapes.items())}"
         )
     mask = inputs["encoder_padding_mask"]
     if isinstance(mask, (np.ndarray, list)) and np.size(mask):

@@ -32,10 +32,12 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
     part of the training loss.
 
     Where capacity is limited, generation counts it for each sequence, source and
-    target, whatever `capacity_group` is: what comes out for one does not depend on
-    the others of its batch, nor on other beams. A token that is generated is alone
-    and so never dropped, though it may be in a pass over the whole target: as in
-    Transformers, the two then differ.
+    target, whatever `capacity_group` is: what the model makes of one does not depend
+    on the others of its batch, nor on other beams. A token that is generated is
+    alone and so never dropped, though it may be in a pass over the whole target: as
+    in Transformers, the two then differ. (KerasHub's beam search itself goes on until
+    every target of a batch has ended, and counts what is given of the longer ones as
+    if chosen, so that its rows depend on each other still.)
 
     Args:
         backbone: a `MoESeq2SeqBackbone`.
@@ -77,6 +79,11 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
         inputs = backbone.input
         outputs = backbone.logits(backbone(inputs)["decoder_sequence_output"])
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def __call__(self, inputs, *args, **kwargs):
+        backbone = self.backbone
+        check_inputs(inputs, backbone.vocabulary_size, backbone.context_length)
+        return super().__call__(inputs, *args, **kwargs)
 
     def call_decoder_with_cache(
         self, token_ids, cache, cache_update_index, padding_mask=None
@@ -195,11 +202,15 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
                     f"encoder_sequence_length={length}"
                 )
         elif isinstance(inputs, dict):
-            arrays = {name: ops.convert_to_numpy(inputs[name]) for name in INPUTS}
+            arrays = {
+                name: ops.convert_to_numpy(inputs[name])
+                for name in INPUTS
+                if name in inputs
+            }
+            check_inputs(arrays, self.backbone.vocabulary_size, context)
             check_right_padding(
                 arrays["decoder_padding_mask"].astype(bool), "decoder_padding_mask"
             )
-            check_inputs(arrays, self.backbone.vocabulary_size, context)
 
     def generate_step(self, inputs, stop_token_ids=None):
         """Generates for one batch of token ids; compiled by `generate()`.

@@ -36,7 +36,8 @@ class MoESeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         x: A dict of `encoder_text` and `decoder_text`, each a str, a list of str, or
             an array or tensor of strings; a tuple of the two; or `encoder_text`
             alone, with `decoder_text` as `y`.
-        y: None, or `decoder_text`: the labels come from the target.
+        y: None, or `decoder_text` where `x` does not hold it: the labels come from
+            the target.
         sample_weight: None: weights are the target's padding mask.
         encoder_sequence_length: int. Replaces the layer's own for this call.
         decoder_sequence_length: int, as above; `sequence_length` is an alias.
@@ -254,6 +255,7 @@ def _pair(x, y=None):
                 f"`x` must hold `encoder_text`. Received: keys {sorted(x)}"
             )
         source, target = x["encoder_text"], x.get("decoder_text", y)
+        given_twice = "decoder_text" in x
     elif isinstance(x, tuple):
         if len(x) != 2:
             raise ValueError(
@@ -261,17 +263,34 @@ def _pair(x, y=None):
                 f"Received: {len(x)} entries"
             )
         source, target = x
+        given_twice = True
     else:
         source, target = x, y
+        given_twice = False
+    if given_twice and y is not None:
+        raise ValueError(
+            "`y` must be None where `x` holds `decoder_text`. Received: both"
+        )
     for name, texts in (("encoder_text", source), ("decoder_text", target)):
         if (isinstance(texts, np.ndarray) and not texts.size) or (
             isinstance(texts, (list, tuple)) and not texts
         ):
             raise ValueError(f"`{name}` must hold at least one text. Received: {texts}")
-    if isinstance(source, (list, tuple)) and isinstance(target, (list, tuple)):
-        if len(source) != len(target):
+    if target is not None:
+        counts = [_shape(source), _shape(target)]
+        if len(counts[0]) != len(counts[1]) or (
+            counts[0] != counts[1] and (None,) not in counts
+        ):
             raise ValueError(
                 "There must be as many sources as targets. Received: "
-                f"{len(source)} and {len(target)}"
+                f"{' and '.join(_named(shape) for shape in counts)}"
             )
     return source, target
+
+
+def _shape(texts):
+    return tuple(texts.shape if hasattr(texts, "shape") else np.shape(texts))
+
+
+def _named(shape):
+    return str(shape[0]) if shape else "one str"

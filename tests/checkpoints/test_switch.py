@@ -18,7 +18,7 @@ from keras_moe.models import (
     MoEBackbone,
     MoESeq2SeqBackbone,
     MoESeq2SeqLM,
-    MoETokenizer,
+    MoESeq2SeqLMPreprocessor,
 )
 from tests.checkpoints.small_checkpoints import assert_close
 from tests.models.small_models import (
@@ -220,22 +220,42 @@ def test_router_losses_by_their_definition(pair):
 
 
 def _router_logits(backbone, inputs):
-    """`[B, S, E]` of each mixture, first to last."""
-    found, restore = [], []
-    for mixture in backbone.mixtures:
-        router, call = mixture.router, mixture.router.call
+    """`[B, S, E]` of each mixture, first to last, of what its block hands it."""
+    tensors = {name: ops.convert_to_tensor(value) for name, value in inputs.items()}
+    ids, mask = (tensors[f"encoder_{name}"] for name in ("token_ids", "padding_mask"))
+    found = []
 
-        def note(tokens, mask=None, training=None, call=call):
-            routing = call(tokens, mask=mask, training=training)
-            found.append(ops.convert_to_numpy(routing.logits))
-            return routing
+    def walk(blocks, x, position_bias, mask, **source):
+        for block in blocks:
+            if block.is_mixture:
+                y = block.attention(
+                    block.attention_norm(x), mask=mask, position_bias=position_bias
+                )
+                y = x + y
+                if source:
+                    normed = block.cross_attention_norm(y)
+                    y = y + block.cross_attention(normed, **source)
+                routing = block.feed_forward.router(
+                    ops.reshape(block.feed_forward_norm(y), (-1, y.shape[-1]))
+                )
+                logits = ops.reshape(routing.logits, (*y.shape[:2], -1))
+                found.append(ops.convert_to_numpy(logits))
+            x = block(x, padding_mask=mask, position_bias=position_bias, **source)
 
-        router.call = note
-        restore.append((router, call))
-    backbone.routing_statistics(inputs)
-    for router, call in restore:
-        router.call = call
-    return [f.reshape(3, -1, f.shape[-1]) for f in found]
+    x = backbone.embed(ids)
+    walk(
+        backbone.encoder_transformer_layers, x, backbone.encoder_position_bias(x), mask
+    )
+    source = {"source": backbone.encode(ids, mask), "source_mask": mask}
+    x = backbone.embed(tensors["decoder_token_ids"], backbone.decoder_embedding)
+    walk(
+        backbone.decoder_transformer_layers,
+        x,
+        backbone.decoder_position_bias(x),
+        tensors["decoder_padding_mask"],
+        **source,
+    )
+    return found
 
 
 def test_losses_of_one_mixture_and_sequence_are_theirs(tmp_path):
@@ -253,6 +273,35 @@ def test_losses_of_one_mixture_and_sequence_are_theirs(tmp_path):
         np.testing.assert_allclose(float(found), float(balance), rtol=1e-4)
         found = routing_statistics.z_loss(statistics)
         np.testing.assert_allclose(float(found), float(z), rtol=1e-4)
+
+
+def test_what_is_of_training_comes_in_and_goes_out(tmp_path):
+    given = {
+        "dropout_rate": 0.25,
+        "router_jitter_noise": 0.03,
+        "router_aux_loss_coef": 0.08,
+        "router_z_loss_coef": 0.004,
+    }
+    theirs = make_model("roomy", **given)
+    theirs.save_pretrained(tmp_path / "in")
+    ours = MoESeq2SeqLM.from_preset(str(tmp_path / "in"))
+    block = ours.backbone.decoder_transformer_layers[1]
+    assert block.dropout == block.attention.dropout == 0.25
+    assert block.feed_forward.experts.dropout == 0.25
+    assert block.feed_forward.router.jitter == 0.03
+    # The z-loss that training adds is theirs, by their coefficient.
+    inputs = batch()
+    expected = theirs_on(theirs, inputs, output_router_logits=True)
+    expected = 0.004 * float(expected.encoder_z_loss + expected.decoder_z_loss)
+    found = ours.backbone.routing_statistics(inputs)
+    found = [float(routing_statistics.z_loss(s)) for s in found]
+    coefficients = {mixture.z_loss for mixture in ours.backbone.mixtures}
+    assert len(coefficients) == 1
+    np.testing.assert_allclose(coefficients.pop() * sum(found), expected, rtol=1e-4)
+    assert ours.backbone.balance_loss == pytest.approx(0.08 / 2)
+    ours.export_to_transformers(tmp_path / "out")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert {key: getattr(config, key) for key in given} == pytest.approx(given)
 
 
 def test_dtypes(tmp_path):
@@ -385,7 +434,9 @@ def test_a_start_that_the_tokenizer_lacks_is_refused(tmp_path):
     make_model("roomy", decoder_start_token_id=40).save_pretrained(tmp_path)
     _letters().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="`decoder_start_token_id`.*40"):
-        MoETokenizer.from_preset(str(tmp_path))
+        MoESeq2SeqLMPreprocessor.from_preset(str(tmp_path))
+    with pytest.warns(UserWarning, match="`decoder_start_token_id`.*40"):
+        assert MoESeq2SeqLM.from_preset(str(tmp_path)).preprocessor is None
 
 
 def test_a_model_without_a_tokenizer_generates_there(tmp_path):

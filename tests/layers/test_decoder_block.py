@@ -405,3 +405,9 @@ class TestWithASource:
         np.testing.assert_array_equal(
             to_numpy(loaded([x, source])), to_numpy(model([x, source]))
         )
+
+
+def test_a_source_needs_cross_attention():
+    block, x = make("dense")
+    with pytest.raises(ValueError, match=r"`source` needs.*\(2, 6, 8\)"):
+        block(x, source=x)

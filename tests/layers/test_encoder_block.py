@@ -4,6 +4,7 @@ import pytest
 from keras import ops
 
 from keras_moe.layers import (
+    CrossAttention,
     EncoderBlock,
     FeedForward,
     GroupedQueryAttention,
@@ -72,3 +73,14 @@ def test_config_round_trip(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     x = np.ones((2, LENGTH, DIM), "float32")
     np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+
+
+def test_an_encoder_takes_no_cross_attention():
+    with pytest.raises(ValueError, match="`cross_attention` must be None"):
+        EncoderBlock(
+            GroupedQueryAttention(4, 2, causal=False),
+            FeedForward(8),
+            cross_attention=CrossAttention(4, 2),
+        )
+    block = EncoderBlock(GroupedQueryAttention(4, 2), FeedForward(8))
+    assert EncoderBlock.from_config(block.get_config()).cross_attention is None

@@ -104,6 +104,26 @@ def test_balance_loss_is_transformers_divided_by_top_k(masked):
     np.testing.assert_allclose(float(got), float(theirs) / TOP_K, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_losses_are_those_of_transformers_switch(mask):
+    """Theirs of one group, which the tokens that are no padding make up."""
+    import torch
+    from transformers.models.switch_transformers import modeling_switch_transformers
+
+    expected, routing = route(mask, top_k=1)
+    real = slice(None) if mask is None else np.asarray(mask, bool)
+    logits = torch.tensor(expected.logits[real])[None]
+    statistics = statistics_of(routing, mask)
+    theirs = modeling_switch_transformers.load_balancing_loss_func(
+        torch.softmax(logits, -1), logits.argmax(-1)
+    )
+    got = routing_statistics.balance_loss(statistics)
+    np.testing.assert_allclose(float(got), float(theirs), rtol=1e-5)
+    theirs = modeling_switch_transformers.router_z_loss_func(logits)
+    got = routing_statistics.z_loss(statistics)
+    np.testing.assert_allclose(float(got), float(theirs), rtol=1e-5)
+
+
 def test_balance_loss_runs_from_one_to_the_number_of_experts():
     def loss(ids, probabilities):
         routing = reference.Routing(

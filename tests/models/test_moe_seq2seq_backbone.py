@@ -10,6 +10,7 @@ from tests.models.small_models import (
     SEQ2SEQ,
     random_ids,
     small_seq2seq_backbone,
+    small_seq2seq_lm,
     source_and_target,
 )
 
@@ -287,11 +288,44 @@ def _changed(name, value):
     ids=["batches", "source", "target", "source_ids", "target_ids", "padding"],
 )
 def test_bad_inputs(batch, named):
-    backbone = small_seq2seq_backbone(context_length=12)
+    _assert_refused(batch, named)
+
+
+@pytest.mark.parametrize("of", [np.asarray, ops.convert_to_tensor, np.ndarray.tolist])
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"decoder_token_ids": None}, "must be a dict of.*'decoder_token_ids'"),
+        ({"encoder_padding_mask": np.ones((2, 6))}, "the shape of `encoder_token_ids`"),
+        ({"decoder_padding_mask": np.ones((2, 7))}, "the shape of `decoder_token_ids`"),
+        ({"decoder_padding_mask": np.ones((2,))}, "`decoder_padding_mask`.*rank 2"),
+        (source_and_target(SOURCES, [TARGETS[0]]), "as many sources as targets"),
+        (
+            {
+                "encoder_token_ids": np.zeros((2, 0), "int32"),
+                "encoder_padding_mask": np.zeros((2, 0), "int32"),
+            },
+            "`encoder_token_ids`.*at least one token",
+        ),
+    ],
+    ids=["missing", "source_mask", "target_mask", "rank", "batches", "empty"],
+)
+def test_inputs_that_do_not_fit(changes, named, of):
+    batch = {**inputs(), **changes}
+    _assert_refused({k: of(v) for k, v in batch.items() if v is not None}, named)
+
+
+def _assert_refused(batch, named):
+    seq2seq_lm = small_seq2seq_lm(context_length=12)
+    for call in (
+        seq2seq_lm,
+        seq2seq_lm.backbone,
+        seq2seq_lm.backbone.routing_statistics,
+    ):
+        with pytest.raises(ValueError, match=named):
+            call(batch)
     with pytest.raises(ValueError, match=named):
-        backbone(batch)
-    with pytest.raises(ValueError, match=named):
-        backbone.routing_statistics(batch)
+        seq2seq_lm.generate(batch, stop_token_ids=None)
 
 
 def test_a_source_of_padding_stays_finite():
@@ -361,6 +395,26 @@ def test_dropout_and_recomputation_in_training():
         np.testing.assert_allclose(a, b, atol=1e-5)
     mixture = backbone.mixtures[0]
     assert mixture.experts.dropout == 0.5
+    # And the gradients, of what was dropped alike.
+    steps = []
+    for recompute in (False, True):
+        keras.utils.set_random_seed(0)
+        seq2seq_lm = small_seq2seq_lm(
+            dropout=0.3,
+            expert_dropout=0.5,
+            recompute=recompute,
+            router_jitter=0.1,
+            balance_loss=0.1,
+            z_loss=0.01,
+        )
+        seq2seq_lm.compile(optimizer=keras.optimizers.SGD(0.1))
+        start = seq2seq_lm.get_weights()
+        seq2seq_lm.fit(inputs(), random_ids(2, 6, seed=9), verbose=0)
+        steps.append(seq2seq_lm.get_weights())
+        moved = [np.abs(a - b).max() for a, b in zip(start, steps[-1], strict=True)]
+        assert np.mean(np.array(moved) > 0) > 0.9
+    for plain, anew in zip(*steps, strict=True):
+        np.testing.assert_allclose(anew, plain, atol=1e-5)
     assert backbone.encoder_transformer_layers[0].feed_forward.dropout == 0.3
     kept = small_seq2seq_backbone(dropout=0.2).mixtures[0]
     assert kept.experts.dropout == 0.2

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_moe
 from keras_moe.models import (
     MoESeq2SeqLM,
     MoESeq2SeqLMPreprocessor,
@@ -138,6 +139,69 @@ def test_a_wide_beam_finds_the_likeliest_target():
         total = log_p[np.arange(49), 0, pairs[:, 0]]
         total += log_p[np.arange(49), 1, pairs[:, 1]]
         np.testing.assert_array_equal(ids[1:], pairs[np.argmax(total)])
+
+
+def _beams(log_p, begun, length, beams, stop):
+    """A beam search in NumPy: all continuations of all beams, the best of which stay.
+
+    As KerasHub's it goes on until every beam has a stop token.
+    """
+    found = [(0.0, list(begun))]
+    while len(found[0][1]) < length and not all(
+        stop in r[len(begun) :] for _, r in found
+    ):
+        candidates = [
+            (score + value, [*row, token])
+            for score, row in found
+            for token, value in enumerate(log_p(row))
+        ]
+        found = sorted(candidates, reverse=True)[:beams]
+    return max(found)[1]
+
+
+def test_beams_under_capacity_with_a_stop_token():
+    """The source loses tokens; a target begun with one token loses none."""
+    limited = {"dispatch": "capacity", "capacity": 1, "capacity_group": "sequence"}
+    settings = {"vocabulary_size": 20, "moe_every": 1, "moe_offset": 0}
+    seq2seq_lm = small_seq2seq_lm(**settings, **limited)
+    dropless = small_seq2seq_lm(**settings)
+    dropless.set_weights(seq2seq_lm.get_weights())
+    seq2seq_lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=3))
+    lengths = []
+    for source in SOURCES[:2]:
+        inputs = source_and_target([source % 20], [BEGUN[0][:1] % 20], LENGTH)
+        statistics = seq2seq_lm.backbone.routing_statistics(inputs)
+        assert float(statistics[0].dropped)
+        ids, mask = (
+            ops.convert_to_tensor(inputs[f"encoder_{name}"])
+            for name in ("token_ids", "padding_mask")
+        )
+        states = seq2seq_lm.backbone.encode(ids, mask)
+
+        def log_p(row, states=states, mask=mask):
+            backbone = dropless.backbone
+            row = ops.convert_to_tensor(np.array([row], "int32"))
+            hidden = backbone.decode(row, ops.ones_like(row), states, mask)
+            logits = ops.convert_to_numpy(backbone.logits(hidden))[0, -1]
+            logits = logits.astype("float64")
+            return logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+
+        begun = [int(BEGUN[0][0]) % 20]
+        # A token that the search without one takes midway.
+        free = _beams(log_p, begun, LENGTH, 3, None)
+        for stop in (None, free[4]):
+            expected = _beams(log_p, begun, LENGTH, 3, stop)
+            got = seq2seq_lm.generate(
+                inputs, stop_token_ids=None if stop is None else (stop,)
+            )
+            ids, kept = got["decoder_token_ids"][0], got["decoder_padding_mask"][0]
+            np.testing.assert_array_equal(ids[: len(expected)], expected)
+            end = LENGTH
+            if stop in expected[1:]:
+                end = expected.index(stop, 1) + 1
+            np.testing.assert_array_equal(kept, np.arange(LENGTH) < end)
+            lengths.append(end)
+    assert min(lengths) < LENGTH
 
 
 def test_generation_ends_at_stop_tokens():
@@ -282,6 +346,93 @@ def test_training_is_the_same_eager_and_compiled():
     assert loss[1] < loss[0]
     for other in results.values():
         np.testing.assert_allclose(other, loss, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+def test_half_precision(dtype):
+    exact, half = small_seq2seq_lm(), small_seq2seq_lm(dtype=dtype)
+    half.set_weights(exact.get_weights())
+    assert all(m.router.kernel.dtype == "float32" for m in half.backbone.mixtures)
+    batch = source_and_target(SOURCES, [random_ids(6, seed=i) for i in range(3)])
+    expected = ops.convert_to_numpy(exact(batch))
+    found = ops.convert_to_numpy(ops.cast(half(batch), "float32"))
+    # Roundings of 2**-8, over a few layers; a token near a tie may go elsewhere.
+    close = np.isclose(found, expected, atol=0.1 * expected.std()).mean()
+    assert close > 0.8
+    half.compile(sampler="greedy")
+    generated = half.generate(prompts(), stop_token_ids=None)["decoder_token_ids"]
+    best = []
+    for source, begun, row in zip(SOURCES, BEGUN, generated, strict=True):
+        logits = logits_of(exact, [source], [np.asarray(row)])[0]
+        taken = np.take_along_axis(logits[:-1], np.asarray(row)[1:, None], -1)[:, 0]
+        best += list((logits[:-1].max(-1) - taken)[len(begun) - 1 :])
+    assert np.mean(np.array(best) < 0.1 * expected.std()) > 0.8
+    if dtype == "mixed_bfloat16":
+        half.compile(optimizer=keras.optimizers.Adam(1e-2))
+    else:
+        half.compile()  # with an optimizer that trains such weights
+    y = random_ids(3, 6, seed=7)
+    before = half.evaluate(batch, y, verbose=0)[0]
+    half.fit(batch, y, epochs=10, verbose=0)
+    assert half.evaluate(batch, y, verbose=0)[0] < before
+
+
+def test_fits_spans_that_are_taken_out():
+    corruption = keras_moe.SpanCorruption(
+        12, sentinel_ids=range(49, 39, -1), end_id=1, pad_id=0
+    )
+    # Words that follow each other: what is missing can be told.
+    texts = [np.arange(2, 40)] * 4
+    dataset = keras_moe.SpanCorruptionDataset(texts, corruption, batch_size=4)
+    held_out = keras_moe.SpanCorruptionDataset(
+        texts[:1], corruption, 4, seed=1, shuffle=False, fresh_noise=False
+    )
+    seq2seq_lm = small_seq2seq_lm(balance_loss=0.01, initializer_scale=0.1)
+    seq2seq_lm.compile(optimizer=keras.optimizers.Adam(1e-2), sampler="greedy")
+    before = seq2seq_lm.evaluate(held_out, verbose=0)[0]
+    seq2seq_lm.fit(dataset, epochs=6, verbose=0)
+    assert seq2seq_lm.evaluate(held_out, verbose=0)[0] < before - 0.5
+
+
+def test_lora_and_quantisation():
+    batch = source_and_target(SOURCES, [random_ids(6, seed=i) for i in range(3)])
+    seq2seq_lm = small_seq2seq_lm()
+    before = ops.convert_to_numpy(seq2seq_lm(batch))
+    with pytest.warns(UserWarning, match=r"enable_lora.*expert.*experts"):
+        seq2seq_lm.backbone.enable_lora(2)
+    # It begins as an addition of nothing.
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(seq2seq_lm(batch)), before, atol=1e-5
+    )
+    attention = seq2seq_lm.backbone.decoder_transformer_layers[1].cross_attention
+    kernel = ops.convert_to_numpy(attention.query._kernel)
+    experts = [m.experts.get_weights() for m in seq2seq_lm.backbone.mixtures]
+    seq2seq_lm.compile(optimizer=keras.optimizers.Adam(0.1), sampler="greedy")
+    seq2seq_lm.fit(batch, random_ids(3, 6, seed=7), epochs=2, verbose=0)
+    assert np.abs(ops.convert_to_numpy(seq2seq_lm(batch)) - before).max() > 1e-3
+    assert np.abs(ops.convert_to_numpy(attention.query.lora_kernel_b)).max() > 0
+    np.testing.assert_array_equal(ops.convert_to_numpy(attention.query._kernel), kernel)
+    for mixture, old in zip(seq2seq_lm.backbone.mixtures, experts, strict=True):
+        keras.tree.map_structure(
+            np.testing.assert_array_equal, mixture.experts.get_weights(), old
+        )
+
+    seq2seq_lm = small_seq2seq_lm()
+    before = ops.convert_to_numpy(seq2seq_lm(batch))
+    with pytest.warns(UserWarning, match=r"quantize.*expert"):
+        seq2seq_lm.quantize("int8")
+    after = ops.convert_to_numpy(seq2seq_lm(batch))
+    assert 0 < np.abs(after - before).mean() < 0.2 * np.abs(before).mean()
+    seq2seq_lm.compile(sampler="greedy")
+    generated = seq2seq_lm.generate(prompts(), stop_token_ids=None)
+    for source, begun, row in zip(
+        SOURCES, BEGUN, generated["decoder_token_ids"], strict=True
+    ):
+        logits = logits_of(seq2seq_lm, [source], [np.asarray(row)])[0]
+        best = logits[:-1].max(-1)
+        taken = np.take_along_axis(logits[:-1], np.asarray(row)[1:, None], -1)[:, 0]
+        # What lies beyond a token has a part in how its row is quantised.
+        assert ((best - taken)[len(begun) - 1 :] < 0.2 * logits.std()).all()
 
 
 def test_router_losses_of_both_stacks_count_in_training():

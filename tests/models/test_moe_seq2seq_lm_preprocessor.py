@@ -96,6 +96,11 @@ def test_prompts_and_texts():
         ((["cat", "dog"], ["a"]), "as many sources as targets.*2 and 1"),
         (({"decoder_text": ["a"]},), "`encoder_text`"),
         ((["a"], ["b"], [1.0]), "sample_weight"),
+        (({"encoder_text": ["a"], "decoder_text": ["b"]}, ["c"]), "`y` must be None"),
+        (((["a"], ["b"]), ["c"]), "`y` must be None"),
+        ((np.array(["a", "b"]), ["c"]), "as many sources as targets.*2 and 1"),
+        ((np.array(["a", "b"]), np.array(["c"])), "as many sources.*2 and 1"),
+        (("a", ["b", "c"]), "as many sources as targets.*one str and 2"),
     ],
 )
 def test_bad_texts(arguments, named):
@@ -110,6 +115,15 @@ def test_bad_lengths(name):
     layer = preprocessor()
     with pytest.raises(ValueError, match="sequence_length=0"):
         setattr(layer, name, 0)
+
+
+def test_as_many_sources_as_targets_in_tensors():
+    import tensorflow as tf
+
+    with pytest.raises(ValueError, match="as many sources as targets.*2 and 1"):
+        preprocessor()(tf.constant(["cat", "a"]), tf.constant(["dog"]))
+    with pytest.raises(ValueError, match="as many sources as targets.*1 and 2"):
+        preprocessor().generate_preprocess((tf.constant(["cat"]), ["a", "b"]))
 
 
 def test_within_a_tensorflow_pipeline():

@@ -380,6 +380,16 @@ def test_capacities_are_the_published_ones(name):
     assert found == [round(factor * group / experts) for factor in factors]
 
 
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_lengths_of_pre_training(name):
+    if presets.describe(name)["family"] == "gshard":  # which states none
+        assert settings(name).get("context_length") is None
+        return
+    assert keras_moe.plan(name).sequence_length == 512
+    longer = {**settings(name), "context_length": None}
+    assert keras_moe.plan(longer, sequence_length=513).sequence_length == 513
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_small_decoder_keeps_its_family(name):
     backbone = small_backbone(name)

@@ -13,9 +13,15 @@ follow it:
   three are said to be one and a checkpoint holds them apart, they stay apart, and
   logits are scaled as tied ones are.
 
-Its router losses, which are those of training and stay as they are, take the tokens of
-all mixtures of a stack as one, and the balance loss each sequence alone; ours are the
-paper's, of each mixture over a batch.
+What is of training: `dropout_rate` is `dropout`, which ours takes of experts as well
+unless `expert_dropout` says otherwise; an `expert_dropout` of its own does not go out.
+`router_jitter_noise` is `router_jitter`, which there falls on what the experts see as
+well. Router losses, added there where `output_router_logits=True` asks for them, take
+the tokens of all mixtures of a stack as one, and the balance loss each sequence alone;
+ours are the paper's, of each mixture over a batch, and a sum over mixtures. So
+`router_aux_loss_coef` and `router_z_loss_coef` are `balance_loss` and `z_loss` times
+the mixtures of a stack (`_mixtures_a_stack`): the z-loss is then the same where both
+stacks have as many, and the balance loss at an even load.
 """
 
 from keras_moe import architecture
@@ -24,6 +30,15 @@ from keras_moe.checkpoints.tables import Table
 
 _PROJECTIONS = ("q", "k", "v", "o")
 _PLAIN = ("wi", "wo")
+_LOSSES = {"balance_loss": "router_aux_loss_coef", "z_loss": "router_z_loss_coef"}
+_NO_PATTERN = {
+    "moe_every": 1,
+    "moe_offset": 0,
+    "dense_first_layers": 0,
+    "encoder_dense_layers": None,
+    "decoder_dense_layers": None,
+    "expert_dropout": None,
+}
 # What no sequence fills: an export's way to say that nothing is dropped.
 _UNLIMITED = 2**30
 
@@ -32,12 +47,10 @@ def _settings(read):
     read.harmless(
         "add_router_probs",
         "classifier_dropout",
-        "dropout_rate",
         "initializer_factor",
         "n_positions",
         "output_past",
         "router_ignore_padding_tokens",
-        "router_z_loss_coef",
         "add_cross_attention",
     )
     read.only("is_gated_act", False)
@@ -64,10 +77,17 @@ def _settings(read):
         "tied_embeddings": tied,
         "shared_embeddings": tied,
         "router_jitter": read.number("router_jitter_noise", 0.01),
+        "dropout": read.number("dropout_rate", 0.1),
     }
+    pattern = _pattern(read)
+    mixtures = _mixtures_a_stack({**_NO_PATTERN, **sizes, **pattern})
     return {
         **sizes,
-        **_pattern(read),
+        **pattern,
+        **{
+            ours: read.number(theirs, 0.001) / mixtures
+            for ours, theirs in _LOSSES.items()
+        },
         **_capacity(read.integer("expert_capacity", 64)),
         "positions": "relative_bias",
         "norm": "rms",
@@ -77,6 +97,14 @@ def _settings(read):
         "top_k": 1,
         "normalize_gates": False,
     }
+
+
+def _mixtures_a_stack(settings):
+    """How many mixtures a stack that has some has on average; 1 where none has."""
+    counts = [
+        len(architecture.mixture_layers(s)) for s in architecture.stacks(settings)
+    ]
+    return (sum(counts) / sum(map(bool, counts))) if any(counts) else 1
 
 
 def _capacity(capacity):
@@ -145,6 +173,7 @@ def _config(s):
         "tie_word_embeddings": s["tied_embeddings"],
         "router_jitter_noise": s["router_jitter"],
         "dropout_rate": s["dropout"],
+        **{theirs: s[ours] * _mixtures_a_stack(s) for ours, theirs in _LOSSES.items()},
         "router_bias": False,
         "is_encoder_decoder": True,
         "decoder_start_token_id": 0,
