@@ -562,6 +562,6 @@ def test_unknown_presets(tmp_path):
     (tmp_path / "config.json").write_text('{"layers": 3}')
     with raises("config.json", "must describe a `MoEBackbone`", "class_name=None"):
         keras_moe.plan(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
-    with raises("config.json", "must have the key", "num_attention_heads=None"):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek"}')
+    with raises("config.json", "must have the key", "n_routed_experts=None"):
         keras_moe.plan(tmp_path)

@@ -42,7 +42,9 @@ def export_to_transformers(
     """Writes a model as a folder that Transformers loads.
 
     The folder holds `config.json`, `generation_config.json`, the weights as
-    safetensors, and the tokenizer where `model` is a task that has one. It comes
+    safetensors, and the tokenizer where `model` is a task that has one. What came
+    with a task's checkpoint goes with it: its chat template, how it was meant to
+    generate, the ids of its special tokens. It comes
     into being as a whole: until all is written, its files stand in a temporary
     folder next to it, which an error or an interrupt from the keyboard leaves no
     trace of; what a killed process leaves is hidden and ends in ".partial".
@@ -90,14 +92,19 @@ def export_to_transformers(
     )
     try:
         temporary.chmod(0o777 & ~_umask())
-        ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        extras = getattr(model, "checkpoint_extras", None) or {}
+        ids, given = {}, {}
         if preprocessor is not None:
-            ids.update(write_tokenizer(temporary, preprocessor))
-        given = {key: value for key, value in ids.items() if value is not None}
-        _write_config(temporary, family, {**ids, **config, **given}, dtype)
+            ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+            carried = extras.get("tokenizer_config.json", {})
+            given = write_tokenizer(temporary, preprocessor, carried)
+        config = {**ids, **config, **extras.get("config.json", {}), **given}
+        _write_config(temporary, family, config, dtype)
+        generation = {}
         if family.has_encoder:  # generation looks for them there alone
-            given = {key: config[key] for key in _OF_TARGETS} | given
-        write_json(temporary / "generation_config.json", given)
+            generation = {key: config[key] for key in _OF_TARGETS}
+        generation.update(extras.get("generation_config.json", {}))
+        write_json(temporary / "generation_config.json", {**generation, **given})
         entries, empty = family.entries(settings), family.empty(settings)
         _write_weights(temporary, backbone, entries, empty, dtype, limit)
         _put_in_place(temporary, folder)

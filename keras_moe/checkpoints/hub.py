@@ -15,6 +15,8 @@ from keras_moe.checkpoints.shards import INDEX, SINGLE, read_json
 PREFIX = "hf://"
 # What is small, and says what else there is.
 _SMALL_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "merges.txt",

@@ -26,6 +26,11 @@ _SPLITS = {
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
 }
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+# What is said of a tokenizer that changes no id.
+_CARRIED = (*_SPECIAL, "chat_template", "model_max_length", "padding_side", "unk_token")
+CHAT_TEMPLATE = "chat_template.jinja"
 _TOKENS = {
     "start_token": "bos_token",
     "end_token": "eos_token",
@@ -98,6 +103,41 @@ def read_preprocessing(folder):
         "sequence_length": min(1024, context) if isinstance(context, int) else 1024,
         "add_start_token": _adds_start_token(folder),
     }
+
+
+def read_extras(folder, tokenizer=True):
+    """What a checkpoint's folder says that neither model nor tokenizer holds.
+
+    An export gives it back.
+
+    Args:
+        folder: path.
+        tokenizer: bool, whether what is said of the tokenizer is wanted.
+
+    Returns:
+        A dict by file, of dicts: the ids of special tokens in `config.json`, all of
+        `generation_config.json`, and of `tokenizer_config.json` such as
+        `chat_template` and `model_max_length`.
+    """
+    folder = pathlib.Path(folder)
+    config = _read(folder, "config.json")
+    generation = _read(folder, "generation_config.json")
+    generation.pop("transformers_version", None)  # that of who wrote it
+    named = {}
+    if tokenizer:
+        named.update(_read(folder, "special_tokens_map.json"))
+        named.update(_read(folder, "tokenizer_config.json"))
+        if (folder / CHAT_TEMPLATE).is_file():  # first, as in Transformers
+            text = (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            named["chat_template"] = text
+    found = {
+        "config.json": {key: config[key] for key in _IDS if key in config},
+        "generation_config.json": generation,
+        "tokenizer_config.json": {
+            key: named[key] for key in _CARRIED if named.get(key) is not None
+        },
+    }
+    return {file: content for file, content in found.items() if content}
 
 
 def _special_tokens(folder):
@@ -240,12 +280,13 @@ def _read(folder, name):
     return read_json(folder / name) if (folder / name).is_file() else {}
 
 
-def write_tokenizer(folder, preprocessor):
+def write_tokenizer(folder, preprocessor, carried):
     """Writes a preprocessor's tokenizer as Transformers reads it.
 
     Args:
         folder: `pathlib.Path`.
         preprocessor: a `MoECausalLMPreprocessor` or a `MoESeq2SeqLMPreprocessor`.
+        carried: dict: what `read_extras` found in `tokenizer_config.json`.
 
     Returns:
         A dict of the ids of special tokens, as `config.json` names them.
@@ -257,11 +298,12 @@ def write_tokenizer(folder, preprocessor):
         and preprocessor.add_start_token
         and tokenizer.start_token is not None
     )
-    config = {
-        key: getattr(tokenizer, argument)
+    config = _known_tokens(carried, tokenizer)
+    config.update(
+        (key, getattr(tokenizer, argument))
         for argument, key in _TOKENS.items()
         if getattr(tokenizer, argument) is not None
-    }
+    )
     config["add_bos_token"] = adds_start
     config["add_eos_token"] = has_source
     config["clean_up_tokenization_spaces"] = False
@@ -290,6 +332,25 @@ def write_tokenizer(folder, preprocessor):
             tokenizer.pad_token_id if start is None else start
         )
     return ids
+
+
+def _known_tokens(carried, tokenizer):
+    """Without special tokens that the vocabulary lacks, or that `extra_ids` adds."""
+    known = set() if tokenizer.extra_ids else set(tokenizer.get_vocabulary())
+
+    def is_known(token):
+        return (token.get("content") if isinstance(token, dict) else token) in known
+
+    kept = dict(carried)
+    for key in _SPECIAL:
+        tokens = kept.pop(key, None)
+        if isinstance(tokens, dict):
+            tokens = {name: t for name, t in tokens.items() if is_known(t)}
+        elif isinstance(tokens, list):
+            tokens = [token for token in tokens if is_known(token)]
+        if tokens:
+            kept[key] = tokens
+    return kept
 
 
 def _write_sentencepiece(folder, saved, config, extra_ids, has_source):

@@ -33,6 +33,7 @@ __all__ = [
     "any_equal",
     "as_stored",
     "classproperty",
+    "preset_file",
     "preset_has_file",
     "register_names",
     "canonicalize_python_token_inputs",
@@ -176,6 +177,11 @@ def ids_to_strings(decode, ids):
 def preset_has_file(preset, name):
     """Whether a preset, a folder or a handle, holds a file."""
     return check_file_exists(preset, name)
+
+
+def preset_file(preset, name):
+    """The local path of a preset's file, None where it has none."""
+    return get_file(preset, name) if preset_has_file(preset, name) else None
 
 
 def as_stored(variables):

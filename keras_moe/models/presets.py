@@ -14,7 +14,7 @@ import h5py
 from keras_moe.checkpoints import hub, memory, tokenizer_files
 from keras_moe.checkpoints.loading import is_checkpoint, read_settings
 from keras_moe.checkpoints.shards import read_json as _read_json
-from keras_moe.models._keras_hub import preset_has_file
+from keras_moe.models._keras_hub import preset_file, preset_has_file
 
 __all__ = ["is_checkpoint"]
 
@@ -203,6 +203,19 @@ def has_tokenizer(folder):
     if is_checkpoint(folder):
         return tokenizer_files.has_tokenizer(folder)
     return preset_has_file(str(folder), "tokenizer.json")
+
+
+def checkpoint_extras(preset, tokenizer):
+    """What a preset says beyond model and tokenizer, see `PretrainedTask`; or None.
+
+    Args:
+        preset: str, a folder or a handle.
+        tokenizer: bool, whether what is said of its tokenizer is wanted.
+    """
+    if is_checkpoint(preset):
+        return tokenizer_files.read_extras(preset, tokenizer)
+    path = preset_file(str(preset), "task.json")
+    return None if path is None else _read_json(path)["config"].get("checkpoint_extras")
 
 
 def training_settings(preset):

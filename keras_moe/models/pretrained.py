@@ -85,7 +85,29 @@ class PretrainedBackbone(Pretrained):
 
 
 class PretrainedTask(Pretrained):
-    """A task whose backbone and preprocessor are built from presets."""
+    """A task whose backbone and preprocessor are built from presets.
+
+    Attributes:
+        checkpoint_extras: dict or None: what the checkpoint of Transformers that it
+            was loaded from says beyond model and tokenizer, by file. It has no effect
+            here; saving keeps it, and an export gives it back.
+    """
+
+    checkpoint_extras = None
+
+    def get_config(self):
+        config = super().get_config()
+        if self.checkpoint_extras:
+            config["checkpoint_extras"] = self.checkpoint_extras
+        return config
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        extras = config.pop("checkpoint_extras", None)
+        task = super().from_config(config)
+        task.checkpoint_extras = extras
+        return task
 
     @classmethod
     def from_preset(
@@ -131,9 +153,13 @@ class PretrainedTask(Pretrained):
                 "`backbone` cannot be given together with settings of a backbone. "
                 f"Received: backbone and {', '.join(settings)}"
             )
-        if "preprocessor" not in kwargs and presets.has_tokenizer(preset):
+        own_tokenizer = "preprocessor" not in kwargs
+        if own_tokenizer and presets.has_tokenizer(preset):
             kwargs["preprocessor"] = _preprocessor(cls.preprocessor_cls, preset)
-        return cls(**kwargs)
+        task = cls(**kwargs)
+        own_tokenizer = own_tokenizer and task.preprocessor is not None
+        task.checkpoint_extras = presets.checkpoint_extras(preset, own_tokenizer)
+        return task
 
 
 def _preprocessor(preprocessor_cls, preset):

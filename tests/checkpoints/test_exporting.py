@@ -50,9 +50,7 @@ def test_what_came_in_goes_out(name, tmp_path):
 _INCIDENTAL = (
     "_name_or_path",
     "architectures",
-    "bos_token_id",
     "dtype",
-    "eos_token_id",
     "head_dim",
     "layer_types",
     "max_window_layers",
@@ -101,6 +99,22 @@ def test_a_model_of_ones_own(tmp_path):
     assert_close(our_logits(ours, ids), their_logits(theirs, ids))
     again = MoECausalLM.from_preset(str(tmp_path / "out"))
     np.testing.assert_array_equal(our_logits(again, ids), our_logits(ours, ids))
+
+
+@pytest.mark.parametrize("ids", [{}, {"eos_token_id": [2, 3], "bos_token_id": None}])
+def test_special_tokens_that_nobody_knows_are_not_written(tmp_path, ids):
+    """Without a tokenizer, the ids are those that came with the checkpoint."""
+    make_model("mixtral").save_pretrained(tmp_path / "in")
+    (tmp_path / "in/generation_config.json").unlink()
+    path = tmp_path / "in/config.json"
+    config = json.loads(path.read_text())
+    config = {k: v for k, v in config.items() if not k.endswith("_token_id")}
+    path.write_text(json.dumps({**config, **ids}))
+    ours = MoECausalLM.from_preset(str(tmp_path / "in"))
+    ours.export_to_transformers(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert {k: v for k, v in config.items() if k.endswith("_token_id")} == ids
+    assert json.loads((tmp_path / "out/generation_config.json").read_text()) == {}
 
 
 def test_a_backbone_alone(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import keras
 import numpy as np
 import pytest
 import sentencepiece
@@ -311,6 +312,82 @@ def test_exports_a_tokenizer_and_its_model(
         our_logits(again, ids), their_logits(model, ids), atol=1e-4
     )
     assert ops.shape(ids)[1] > 3
+
+
+_TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}"
+_CHAT = [{"role": "user", "content": "Hello"}, {"role": "bot", "content": "You too"}]
+
+
+@pytest.fixture(scope="module", params=["chat_template.jinja", "tokenizer_config.json"])
+def chat_checkpoint(request, tmp_path_factory, byte_pair_file):
+    """A checkpoint whose folder says how to talk with the model and to generate."""
+    folder = tmp_path_factory.mktemp("chat")
+    theirs = _checkpoint(folder)
+    theirs.generation_config.update(
+        do_sample=True, temperature=0.6, top_p=0.95, eos_token_id=[2, 7]
+    )
+    theirs.generation_config.save_pretrained(folder)
+    vocabulary = tokenizers.Tokenizer.from_file(str(byte_pair_file))
+    names = [vocabulary.id_to_token(i) for i in range(4)]
+    vocabulary.save(str(folder / "tokenizer.json"))
+    template = {}
+    if request.param == "chat_template.jinja":
+        (folder / request.param).write_text(_TEMPLATE)
+    else:
+        template["chat_template"] = _TEMPLATE
+    _write(
+        folder,
+        "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token=names[1],
+        eos_token=names[2],
+        additional_special_tokens=[names[3], "<|nowhere|>"],
+        model_max_length=77,
+        **template,
+    )
+    return folder, names[3]
+
+
+@pytest.mark.parametrize("kept", ["preset", "file", None])
+def test_what_came_with_a_tokenizer_goes_out(tmp_path, chat_checkpoint, kept):
+    folder, special = chat_checkpoint
+    ours = MoECausalLM.from_preset(str(folder))
+    if kept == "preset":
+        ours.save_to_preset(str(tmp_path / "ours"))
+        ours = MoECausalLM.from_preset(str(tmp_path / "ours"))
+    elif kept == "file":
+        ours.save(str(tmp_path / "ours.keras"))
+        ours = keras.saving.load_model(str(tmp_path / "ours.keras"))
+    ours.export_to_transformers(tmp_path / "out")
+    found, expected = (
+        transformers.AutoTokenizer.from_pretrained(path)
+        for path in (tmp_path / "out", folder)
+    )
+    assert found.model_max_length == expected.model_max_length == 77
+    chats = [t.apply_chat_template(_CHAT, tokenize=False) for t in (found, expected)]
+    assert chats == ["<user> Hello\n<bot> You too\n"] * 2
+    assert special in expected.all_special_tokens
+    # What the vocabulary lacks, the model knows no embedding of.
+    assert found.all_special_tokens == [
+        token for token in expected.all_special_tokens if token != "<|nowhere|>"
+    ]
+    found, expected = (
+        transformers.GenerationConfig.from_pretrained(path)
+        for path in (tmp_path / "out", folder)
+    )
+    assert found.to_diff_dict() == expected.to_diff_dict()
+    assert (found.temperature, found.eos_token_id) == (0.6, [2, 7])
+
+
+def test_another_tokenizer_is_not_given_the_folders_template(tmp_path, chat_checkpoint):
+    folder, _ = chat_checkpoint
+    own = MoECausalLMPreprocessor.from_preset(str(folder), sequence_length=8)
+    ours = MoECausalLM.from_preset(str(folder), preprocessor=own)
+    ours.export_to_transformers(tmp_path / "out")
+    config = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert "chat_template" not in config
+    config = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert config["top_p"] == 0.95
 
 
 def _train(tmp_path, **settings):
