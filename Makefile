@@ -78,7 +78,7 @@ $(BACKENDS:%=test-%): export TF_NUM_INTEROP_THREADS := 1
 $(BACKENDS:%=test-%): export XLA_FLAGS := --xla_backend_optimization_level=0 \
 	--xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true
 $(BACKENDS:%=test-%): test-%: .venv/test/.installed
-	KERAS_BACKEND=$* .venv/test/bin/python -m pytest tests -n 2 --dist loadfile \
+	KERAS_BACKEND=$* .venv/test/bin/python -m pytest tests -n 2 --dist worksteal \
 		$(PYTEST_ARGS)
 	@set -e; for guide in $(GUIDES); do \
 		echo "KERAS_BACKEND=$* $$guide --fast"; \
