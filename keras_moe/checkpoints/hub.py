@@ -30,7 +30,7 @@ _SMALL_FILES = (
 )
 
 
-def fetch(handle, weights=True, revision=None, token=None):
+def fetch(handle, weights=True, revision=None, token=None, before_weights=None):
     """Downloads a repository's checkpoint, or what of it is not here yet.
 
     Args:
@@ -40,6 +40,8 @@ def fetch(handle, weights=True, revision=None, token=None):
         revision: str or None, a branch, a tag or a commit.
         token: str, bool or None, as `huggingface_hub` takes it: None for the one
             that is logged in or in `HF_TOKEN`.
+        before_weights: callable or None: given the folder once all but the weights
+            is there, and what it raises keeps them from being fetched.
 
     Returns:
         `pathlib.Path`: a local folder.
@@ -63,6 +65,8 @@ def fetch(handle, weights=True, revision=None, token=None):
             f"preset={handle!r}, which does not."
         )
     if weights and "model_type" in read_json(folder / "config.json"):
+        if before_weights is not None:
+            before_weights(folder)
         download([SINGLE])  # before any shards, as in Transformers
         if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
             weight_map = read_json(folder / INDEX).get("weight_map")

@@ -175,12 +175,12 @@ def preset_folder(
 
 def _fetched(handle, load_weights, revision, token, overrides):
     """The local folder of a checkpoint on the hub, or the handle of a Keras preset."""
-    folder = hub.fetch(str(handle), False, revision, token)
-    if load_weights and is_checkpoint(folder):
-        overrides = dict(overrides or {})
-        dtype = overrides.pop("dtype", None)
-        memory.check_room({**read_settings(folder)[1], **overrides}, dtype)
-        folder = hub.fetch(str(handle), True, revision, token)
+
+    def check_room(folder):
+        settings = {**read_settings(folder)[1], **(overrides or {})}
+        memory.check_room(settings, settings.pop("dtype", None))
+
+    folder = hub.fetch(str(handle), load_weights, revision, token, check_room)
     if is_checkpoint(folder):
         return str(folder)
     if hub.parse_handle(handle, revision)[1] or token:

@@ -59,6 +59,8 @@ def test_loads_a_handle(hub, checkpoint):
     assert sum(name.startswith("model-0") for name in fetched) > 1
     assert "pytorch_model.bin" not in fetched
     assert "consolidated.safetensors" not in fetched
+    # The revision is asked for small files, for weights in one file, and in parts.
+    assert sum(path.endswith("/revision/main") for _, path, _ in hub.requests) == 3
 
 
 def test_what_is_here_is_not_fetched_again(hub):
