@@ -13,7 +13,7 @@ import h5py
 
 from keras_moe.checkpoints import hub, memory, tokenizer_files
 from keras_moe.checkpoints.loading import is_checkpoint, read_settings
-from keras_moe.checkpoints.shards import read_json as _read_json
+from keras_moe.checkpoints.shards import read_json
 from keras_moe.models._keras_hub import preset_file, preset_has_file
 
 __all__ = ["is_checkpoint"]
@@ -31,38 +31,20 @@ _JSON_FILES = (
 
 
 @functools.cache
-def names(class_name=None):
+def names(*backbones):
     """The names of the presets that come with the package, sorted.
 
-    Those of a class of backbones, by its name, or all.
+    Those of classes of backbones, by their names, or all.
     """
     found = sorted(ROOT.glob("*/config.json"))
-    if class_name is not None:
-        found = [p for p in found if _read_json(p)["class_name"] == class_name]
+    if backbones:
+        found = [p for p in found if read_json(p)["class_name"] in backbones]
     return tuple(path.parent.name for path in found)
 
 
 def describe(name):
     """What `preset.json` says of a preset: a dict."""
-    return _read_json(ROOT / name / "preset.json")
-
-
-def descriptions(backbones=None):
-    """What `preset.json` says of each preset: a dict by name.
-
-    Args:
-        backbones: None for all, or the names of the classes whose presets are wanted.
-    """
-    return {
-        name: describe(name)
-        for name in names()
-        if backbones is None or backbone_of(name) in backbones
-    }
-
-
-def backbone_of(name):
-    """The name of the class that a preset's settings are of."""
-    return _read_json(ROOT / name / "config.json")["class_name"]
+    return read_json(ROOT / name / "preset.json")
 
 
 def settings(folder):
@@ -74,7 +56,7 @@ def settings(folder):
     if is_checkpoint(folder):
         return read_settings(folder)[1]
     path = pathlib.Path(folder) / "config.json"
-    return settings_of(_read_json(path), path)
+    return settings_of(read_json(path), path)
 
 
 def settings_of(content, source):
@@ -159,7 +141,7 @@ def preset_folder(
         return str(folder)  # what its weights are like is seen as they are read
     checkpoint = None
     if (folder / "preset.json").exists() and str(preset) in names():
-        checkpoint = _read_json(folder / "preset.json").get("checkpoint")
+        checkpoint = read_json(folder / "preset.json").get("checkpoint")
     wanted = load_weights and not has_weights(folder)
     wanted = wanted or (tokenizer and not has_tokenizer(folder))
     if wanted and checkpoint:
@@ -215,14 +197,14 @@ def checkpoint_extras(preset, tokenizer):
     if is_checkpoint(preset):
         return tokenizer_files.read_extras(preset, tokenizer)
     path = preset_file(str(preset), "task.json")
-    return None if path is None else _read_json(path)["config"].get("checkpoint_extras")
+    return None if path is None else read_json(path)["config"].get("checkpoint_extras")
 
 
 def training_settings(preset):
     """Settings of a preset by name that no checkpoint states: those of training."""
     if str(preset) not in names():
         return {}
-    config = _read_json(ROOT / preset / "config.json")["config"]
+    config = read_json(ROOT / preset / "config.json")["config"]
     return {name: config[name] for name in _OF_TRAINING if name in config}
 
 
@@ -283,7 +265,7 @@ def _check_files(folder):
         return  # a model can do without the other files
     for name in _JSON_FILES:
         if (folder / name).exists():
-            _read_json(folder / name)
+            read_json(folder / name)
     if (folder / SHARDED_WEIGHTS).exists():
         _check_shards(folder)
 
@@ -313,7 +295,7 @@ def _check_hdf5(folder):
 
 def _shards(folder):
     """The names of the files that the index of sharded weights lists, sorted."""
-    weight_map = _read_json(folder / SHARDED_WEIGHTS).get("weight_map")
+    weight_map = read_json(folder / SHARDED_WEIGHTS).get("weight_map")
     shards = weight_map.values() if isinstance(weight_map, dict) else [None]
     found = set()
     for shard in shards:  # a file name, or a list of them
@@ -334,7 +316,7 @@ def _no_weights(preset, folder):
     )
     checkpoint = None
     if (folder / "preset.json").exists():
-        checkpoint = _read_json(folder / "preset.json").get("checkpoint")
+        checkpoint = read_json(folder / "preset.json").get("checkpoint")
     if checkpoint:
         message += (
             f" Trained weights are published as {checkpoint!r}, to be had by the "

@@ -14,7 +14,8 @@ class Pretrained:
     def presets(cls):
         """A dict of its presets by name: family, paper, licence, checkpoint."""
         backbone_cls = getattr(cls, "backbone_cls", cls)
-        return presets.descriptions([c.__name__ for c in backbone_cls.__mro__])
+        classes = [c.__name__ for c in backbone_cls.__mro__]
+        return {name: presets.describe(name) for name in presets.names(*classes)}
 
     def export_to_transformers(
         self, path, dtype=None, max_shard_size="5GB", overwrite=False
