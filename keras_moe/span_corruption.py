@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_moe import checks
 
-SENTINEL = "<extra_id_{}>"
+SENTINEL = "<extra_id_{}>"  # as T5 numbers them, from 0
 
 
 class SpanCorruption:

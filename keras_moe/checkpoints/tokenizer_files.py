@@ -11,6 +11,7 @@ import tokenizers
 from keras_moe.checkpoints.families import FAMILIES
 from keras_moe.checkpoints.sentencepiece_files import to_byte_pair
 from keras_moe.checkpoints.shards import read_json
+from keras_moe.span_corruption import SENTINEL
 
 BYTE_PAIR = "tokenizer.json"
 SENTENCEPIECE = "tokenizer.model"
@@ -366,7 +367,7 @@ def _write_sentencepiece(folder, saved, config, extra_ids, has_source):
             return
     path = saved.rename(folder / SENTENCEPIECE)
     if byte_pair is not None:
-        sentinels = [f"<extra_id_{i}>" for i in reversed(range(extra_ids))]
+        sentinels = [SENTINEL.format(i) for i in reversed(range(extra_ids))]
         byte_pair.add_special_tokens(
             [tokenizers.AddedToken(name, normalized=False) for name in sentinels]
         )

@@ -23,6 +23,7 @@ from keras_moe.models._keras_hub import (
 )
 from keras_moe.models.moe_backbone import MoEBackbone
 from keras_moe.models.moe_seq2seq_backbone import MoESeq2SeqBackbone
+from keras_moe.span_corruption import SENTINEL
 
 SENTENCEPIECE_FILE = "vocabulary.spm"
 BYTE_PAIR_FILE = "tokenizer.json"
@@ -271,7 +272,7 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
     def sentinel_token_ids(self):
         """The ids of `"<extra_id_0>"`, `"<extra_id_1>"` and so on, a list."""
         model = self._loaded_model()
-        found = (model.find(f"<extra_id_{i}>") for i in itertools.count())
+        found = (model.find(SENTINEL.format(i)) for i in itertools.count())
         return list(itertools.takewhile(lambda i: i is not None, found))
 
     @property
@@ -397,7 +398,7 @@ class _SentencePiece:
         self.unknown_id = self._processor.unk_id()
         # The first sentinel has the highest id.
         self._sentinels = {
-            f"<extra_id_{i}>": self.size - 1 - i for i in range(extra_ids)
+            SENTINEL.format(i): self.size - 1 - i for i in range(extra_ids)
         }
         self._names = {i: name for name, i in self._sentinels.items()}
         self._split = re.compile("|".join(map(re.escape, self._sentinels)) or "(?!)")
