@@ -93,6 +93,12 @@ def divides(name, value, by_name, by):
         )
 
 
+def brief(value):
+    """A value for an error, of which the beginning will do."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}... ({type(value).__name__})"
+
+
 def _is_int(value):
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -9,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from keras_moe import checks
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # What weights may be stored as; the name of the dtype in the header.
@@ -135,7 +137,7 @@ def _files(folder):
         ):
             raise ValueError(
                 f"{INDEX!r} must hold a `weight_map` of tensor names to file names. "
-                f"Received: weight_map={_brief(weight_map)} in {str(folder)!r}"
+                f"Received: weight_map={checks.brief(weight_map)} in {str(folder)!r}"
             )
         names = sorted(set(weight_map.values()))
         for name in names:
@@ -261,8 +263,3 @@ def read_json(path):
             f"Received: a {type(content).__name__}"
         )
     return content
-
-
-def _brief(value):
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."

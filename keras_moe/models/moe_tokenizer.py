@@ -118,7 +118,8 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
         if proto is not None and tokenizer_json is not None:
             raise ValueError(
                 "`proto` and `tokenizer_json` exclude each other. Received: "
-                f"proto={_brief(proto)}, tokenizer_json={_brief(tokenizer_json)}"
+                f"proto={checks.brief(proto)}, "
+                f"tokenizer_json={checks.brief(tokenizer_json)}"
             )
         self.start_token = start_token
         self.end_token = end_token
@@ -339,7 +340,7 @@ class MoETokenizer(keras_hub.tokenizers.Tokenizer):
                 raise ValueError(
                     f"`{argument}` must not be a path or a string in a "
                     "configuration: the vocabulary is loaded from the assets next "
-                    f"to it. Received: {argument}={_brief(config[argument])}"
+                    f"to it. Received: {argument}={checks.brief(config[argument])}"
                 )
         # This name becomes part of a path within the preset.
         config_file = config.get("config_file", "")
@@ -391,7 +392,7 @@ class _SentencePiece:
         except RuntimeError as error:
             raise ValueError(
                 f"`proto` (asset {self.file_name!r}) must be a SentencePiece model. "
-                f"Received: proto={_brief(source)}"
+                f"Received: proto={checks.brief(source)}"
             ) from error
         self._pieces = self._processor.vocab_size()
         self.size = self._pieces + extra_ids
@@ -462,8 +463,8 @@ class _BytePair:
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(
                 f"`tokenizer_json` (asset {self.file_name!r}) must be a file of the "
-                f"`tokenizers` package. Received: {_brief(source)}, which is not: "
-                f"{error}"
+                f"`tokenizers` package. Received: {checks.brief(source)}, which is "
+                f"not: {error}"
             ) from error
         # A file may ask for both; here every token counts, and packing comes later.
         self._tokenizer.no_truncation()
@@ -498,7 +499,7 @@ def _read_proto(proto):
         return _read_file("proto", proto)
     raise ValueError(
         "`proto` must be the path or the bytes of a SentencePiece model. Received: "
-        f"proto={_brief(proto)}"
+        f"proto={checks.brief(proto)}"
     )
 
 
@@ -511,7 +512,7 @@ def _read_tokenizer_json(value):
         return _read_file("tokenizer_json", value)
     raise ValueError(
         "`tokenizer_json` must be a path, JSON text or a dict. Received: "
-        f"tokenizer_json={_brief(value)}"
+        f"tokenizer_json={checks.brief(value)}"
     )
 
 
@@ -519,7 +520,7 @@ def _read_file(argument, path):
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"`{argument}` must be the path of a file that exists. Received: "
-            f"{argument}={_brief(path)}"
+            f"{argument}={checks.brief(path)}"
         )
     return pathlib.Path(path).read_bytes()
 
@@ -535,12 +536,8 @@ def _as_texts(inputs):
         if not isinstance(text, str):
             raise ValueError(
                 "`inputs` must be a string or a batch of strings of rank 1. "
-                f"Received: inputs with {_brief(text)} of type {type(text).__name__}"
+                f"Received: inputs with {checks.brief(text)} of type "
+                f"{type(text).__name__}"
             )
         text.encode("utf-8")  # a lone surrogate is an error in every tokenizer
     return texts, batched
-
-
-def _brief(value):
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}... ({type(value).__name__})"
