@@ -9,6 +9,7 @@ settings of its stack.
 import inspect
 
 from keras_moe import checks
+from keras_moe.layers import routers
 from keras_moe.layers.rotary import check_scaling
 
 _NOT_SETTINGS = ("self", "dtype", "kwargs")
@@ -178,8 +179,7 @@ def normalizes_gates(settings):
     """Whether the gates of the chosen experts are made to sum to one."""
     if settings["gates_from"] == "top_k" and settings["scores"] == "softmax":
         return True
-    given = settings["normalize_gates"]
-    return settings["top_k"] > 1 if given is None else given
+    return routers.normalizes_gates(settings["normalize_gates"], settings["top_k"])
 
 
 # --- What they must be ---

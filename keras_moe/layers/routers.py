@@ -248,7 +248,7 @@ class TopKRouter(Router):
             gates = ops.take_along_axis(scores, expert_ids, axis=-1)
         else:
             gates = self._score(ops.take_along_axis(logits, expert_ids, axis=-1))
-        if self._normalizes_gates():
+        if normalizes_gates(self.normalize_gates, self.top_k):
             gates = _normalize(gates)
         if self.second_choice_threshold is not None and training:
             stands = self._draw(gates)
@@ -308,11 +308,6 @@ class TopKRouter(Router):
             return ops.softmax(logits, axis=-1)
         return ops.sigmoid(logits)
 
-    def _normalizes_gates(self):
-        if self.normalize_gates is None:
-            return self.top_k > 1
-        return self.normalize_gates
-
     def get_config(self):
         return {
             **super().get_config(),
@@ -357,6 +352,11 @@ def _check_second_choice(threshold, top_k):
             "`second_choice_threshold` must be at most 1, with a `top_k` of 2 or more. "
             f"Received: second_choice_threshold={threshold}, top_k={top_k}"
         )
+
+
+def normalizes_gates(normalize_gates, top_k):
+    """Whether gates are divided by their sum: unless it is said, those of several."""
+    return top_k > 1 if normalize_gates is None else normalize_gates
 
 
 def _normalize(scores):
