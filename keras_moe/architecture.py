@@ -15,6 +15,27 @@ from keras_moe.layers.rotary import check_scaling
 _NOT_SETTINGS = ("self", "dtype", "kwargs")
 _OF_LAYERS = ("dtype", "name", "trainable")
 
+# How routers are taught, of which no checkpoint says anything.
+ROUTER_TRAINING = (
+    "balance_choices",
+    "balance_loss",
+    "bias_update_rate",
+    "second_choice_threshold",
+    "z_loss",
+)
+# All that is of training alone: a checkpoint of Transformers may know no such setting,
+# or another in its place.
+TRAINING = (
+    *ROUTER_TRAINING,
+    "dropout",
+    "expert_dropout",
+    "initializer_scale",
+    "initializer_stddev",
+    "inner_dropout",
+    "recompute",
+    "router_jitter",
+)
+
 # What each kind of attention needs, and what only it knows.
 _LATENT_SETTINGS = ("key_value_rank", "rope_head_dim", "value_head_dim", "query_rank")
 _GROUPED_QUERY_SETTINGS = (

@@ -19,21 +19,6 @@ from keras_moe.checkpoints.tokenizer_files import write_json, write_tokenizer
 
 _OF_TARGETS = ("decoder_start_token_id", "pad_token_id")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-# Of training alone: Transformers may know no such setting, or another in its place.
-_OF_TRAINING = (
-    "balance_choices",
-    "balance_loss",
-    "bias_update_rate",
-    "dropout",
-    "expert_dropout",
-    "initializer_scale",
-    "initializer_stddev",
-    "inner_dropout",
-    "recompute",
-    "router_jitter",
-    "second_choice_threshold",
-    "z_loss",
-)
 
 
 def export_to_transformers(
@@ -219,7 +204,7 @@ def _canonical(settings):
 
 
 def _canonical_stack(s):
-    s = {key: value for key, value in s.items() if key not in _OF_TRAINING}
+    s = {key: value for key, value in s.items() if key not in architecture.TRAINING}
     s["shared_dim"] = architecture.shared_dim(s)
     s["mixtures"] = architecture.mixture_layers(s)
     s["sliding_layers"] = architecture.sliding_layers(s)

@@ -11,6 +11,7 @@ import pathlib
 
 import h5py
 
+from keras_moe import architecture
 from keras_moe.checkpoints import hub, memory, tokenizer_files
 from keras_moe.checkpoints.loading import is_checkpoint, read_settings
 from keras_moe.checkpoints.shards import read_json
@@ -201,20 +202,12 @@ def checkpoint_extras(preset, tokenizer):
 
 
 def training_settings(preset):
-    """Settings of a preset by name that no checkpoint states: those of training."""
+    """How a preset by name teaches its routers: settings that no checkpoint states."""
     if str(preset) not in names():
         return {}
     config = read_json(ROOT / preset / "config.json")["config"]
-    return {name: config[name] for name in _OF_TRAINING if name in config}
-
-
-_OF_TRAINING = (
-    "balance_loss",
-    "balance_choices",
-    "bias_update_rate",
-    "second_choice_threshold",
-    "z_loss",
-)
+    wanted = architecture.ROUTER_TRAINING
+    return {name: config[name] for name in wanted if name in config}
 
 
 def check_weights(folder, model):
