@@ -1,7 +1,8 @@
 """Keras layers of mixture-of-experts models, each usable alone."""
 
 from keras_moe.layers.activations import gelu_tanh
-from keras_moe.layers.attention import CrossAttention, GroupedQueryAttention
+from keras_moe.layers.attention import GroupedQueryAttention
+from keras_moe.layers.cross_attention import CrossAttention
 from keras_moe.layers.decoder_block import DecoderBlock
 from keras_moe.layers.encoder_block import EncoderBlock
 from keras_moe.layers.experts import Experts

@@ -1,4 +1,4 @@
-"""Attention: of a sequence to itself, and of a decoder to its source.
+"""Attention of a sequence to itself, and what it shares with every other.
 
 B  batch                T  queries              S  keys (S = T without a cache)
 H  query heads          G  key-value heads      d  head size
@@ -194,7 +194,7 @@ class SelfAttention(Attention):
             visible = ops.logical_and(visible, near)
         visible = visible[None, None]
         if mask is not None:
-            visible = ops.logical_and(visible, _as_keys(mask))
+            visible = ops.logical_and(visible, as_keys(mask))
         return visible
 
     def compute_output_spec(
@@ -505,70 +505,6 @@ class GroupedQueryAttention(GroupedHeads, SelfAttention):
         }
 
 
-@keras.saving.register_keras_serializable(package="keras_moe")
-class CrossAttention(GroupedHeads):
-    """Attention of a decoder to the states of an encoder.
-
-    As `GroupedQueryAttention`, with keys and values of the source: each of its
-    tokens is seen by every query, and without positions, as in T5
-    ([Raffel et al., 2019](https://arxiv.org/abs/1910.10683), section 2.1).
-
-    Args:
-        num_query_heads: see `GroupedQueryAttention`, as for `num_key_value_heads`,
-            `head_dim`, `query_key_norm`, `clip`, `scale`, `bias`, `soft_cap`,
-            `dropout`, `weight_dropout`, `norm_epsilon` and `kernel_initializer`.
-        **kwargs: `name`, `trainable`, `dtype`.
-
-    Call arguments:
-        inputs: float tensor `[B, T, D]`.
-        source: float tensor `[B, S, D]`, the encoder's states, or None with a
-            cache.
-        source_mask: bool or int tensor `[B, S]`, 0 for padding, or None. A source
-            of nothing but padding gives the average of its values.
-        cache: None, or the source's keys and values as `project_source` gives
-            them, which then stand for `source`.
-        training: bool.
-
-    Returns:
-        A tensor `[B, T, D]`.
-
-    Raises:
-        ValueError: where sizes do not divide, a setting is out of range, or not
-            one of `source` and `cache` is given.
-
-    Example:
-
-    ```python
-    attention = keras_moe.layers.CrossAttention(8)
-    y = attention(
-        keras.random.normal((2, 5, 64)), source=keras.random.normal((2, 16, 64))
-    )
-    ```
-    """
-
-    def project_source(self, source):
-        """The keys and values of a source `[B, S, D]`, both `[B, S, G, d]`."""
-        return self._keys_and_values(source)
-
-    def call(self, inputs, source=None, source_mask=None, cache=None, training=None):
-        if (source is None) == (cache is None):
-            raise ValueError(
-                "Either `source` or `cache` must be given. Received: "
-                f"source={source!r}, cache={cache!r}"
-            )
-        key, value = self.project_source(source) if cache is None else cache
-        visible = None if source_mask is None else _as_keys(source_mask)
-        outputs = self._attend(
-            self._queries(inputs), key, value, visible, None, training
-        )
-        return self._output(outputs, training)
-
-    def compute_output_spec(
-        self, inputs, source=None, source_mask=None, cache=None, training=None
-    ):
-        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
-
-
 def write_cache(cache, new, index):
     """`cache` with the tensors `new` written at `index` along its second axis."""
     return tuple(
@@ -588,7 +524,7 @@ def cache_spec(cache):
     )
 
 
-def _as_keys(mask):
+def as_keys(mask):
     """A mask `[B, S]` of keys as one of attention, `[B, 1, 1, S]`."""
     return ops.cast(mask, "bool")[:, None, None, :]
 
