@@ -75,7 +75,7 @@ def test_layer_pattern(pattern, expected):
         ({"dense_layers": [0, 9]}, "dense_layers.*9"),
         ({"embedding_multiplier": 0}, "embedding_multiplier"),
         ({"rope_scaling": {"type": "magic"}}, "rope_scaling.*'magic'"),
-        ({"expert_groups": 3}, "`num_experts` must be a multiple of `groups`"),
+        ({"expert_groups": 3}, "`num_experts` must be a multiple of `expert_groups`"),
     ],
 )
 def test_bad_settings_are_named(override, named):
