@@ -10,7 +10,11 @@ import inspect
 
 from keras_moe import checks
 from keras_moe.layers import routers
+from keras_moe.layers.attention import BIASES, POSITIONS, QUERY_KEY_NORMS
+from keras_moe.layers.mixture_of_experts import check_mixture
+from keras_moe.layers.relative_bias import check_buckets
 from keras_moe.layers.rotary import check_scaling
+from keras_moe.layers.transformer_block import NORMS
 
 _NOT_SETTINGS = ("self", "dtype", "kwargs")
 _OF_LAYERS = ("dtype", "name", "trainable")
@@ -207,7 +211,7 @@ def normalizes_gates(settings):
 
 
 def check(settings):
-    """Refuses what the layers cannot check, or only after long work."""
+    """Refuses settings that no model can have, before anything is made of them."""
     counts = ["num_layers"]
     lists = ["sliding_layers", "dense_layers"]
     if has_encoder(settings):
@@ -219,11 +223,14 @@ def check(settings):
         checks.at_least(name, settings[name], 0)
     if settings["context_length"] is not None:
         checks.at_least("context_length", settings["context_length"], 1)
-    for name in ("initializer_stddev", "embedding_multiplier"):
+    for name in ("initializer_stddev", "embedding_multiplier", "norm_epsilon"):
         checks.positive(name, settings[name])
-    for name in ("initializer_scale", "output_multiplier", "attention_scale"):
+    for name in ("initializer_scale", "output_multiplier"):
         if settings[name] is not None:
             checks.positive(name, settings[name])
+    checks.one_of("norm", settings["norm"], NORMS)
+    checks.fraction("dropout", settings["dropout"])
+    checks.activation("activation", settings["activation"])
     if settings["moe_offset"] >= settings["moe_every"]:
         raise ValueError(
             "`moe_offset` must be below `moe_every` "
@@ -240,10 +247,10 @@ def check(settings):
             )
     for stack in stacks(settings):
         _check_attention(stack)
-        _check_widths(stack)
+        _check_layers(stack)
 
 
-def _check_widths(stack):
+def _check_layers(stack):
     mixtures = len(mixture_layers(stack))
     dense = stack["num_layers"] - mixtures
     if stack["extra_dense"]:
@@ -257,6 +264,10 @@ def _check_widths(stack):
                 f"`{name}` is needed where there are {kind} layers. "
                 f"Received: {name}=None"
             )
+        if count:
+            checks.at_least(name, stack[name], 1)
+    if mixtures:
+        check_mixture(stack)
 
 
 def _check_attention(settings):
@@ -268,9 +279,22 @@ def _check_attention(settings):
                 f"`{name}` must be None with `attention={settings['attention']!r}`. "
                 f"Received: {name}={settings[name]!r}"
             )
-    if latent:
+    checks.at_least("num_query_heads", settings["num_query_heads"], 1)
+    checks.one_of("positions", settings["positions"], POSITIONS)
+    checks.one_of("attention_bias", settings["attention_bias"], BIASES)
+    checks.positive("rope_theta", settings["rope_theta"])
+    for name in ("attention_soft_cap", "attention_scale", "clip_query_key_value"):
+        if settings[name] is not None:
+            checks.positive(name, settings[name])
+    for name in ("sliding_window", "query_rank"):
+        if settings[name] is not None:
+            checks.at_least(name, settings[name], 1)
+    if not latent:
+        _check_heads(settings)
+    else:
         for name in ("head_dim", *_LATENT_SETTINGS[:-1]):
             checks.at_least(name, settings[name], 1)
+        checks.even("rope_head_dim", settings["rope_head_dim"])
         if settings["positions"] != "rotary":
             raise ValueError(
                 '`positions` must be "rotary" with `attention="latent"`. '
@@ -281,4 +305,25 @@ def _check_attention(settings):
         raise ValueError(
             "`sliding_layers` needs a `sliding_window`. "
             f"Received: sliding_layers={settings['sliding_layers']!r}"
+        )
+
+
+def _check_heads(settings):
+    heads, groups = settings["num_query_heads"], settings["num_key_value_heads"]
+    if groups is not None:
+        checks.at_least("num_key_value_heads", groups, 1)
+        checks.divides("num_query_heads", heads, "num_key_value_heads", groups)
+    if settings["head_dim"] is None:
+        checks.divides("hidden_dim", settings["hidden_dim"], "num_query_heads", heads)
+    else:
+        checks.at_least("head_dim", settings["head_dim"], 1)
+    checks.one_of("query_key_norm", settings["query_key_norm"], QUERY_KEY_NORMS)
+    if settings["positions"] == "rotary":
+        checks.even("head_dim", head_dim(settings))
+    if settings["positions"] == "relative_bias":
+        check_buckets(
+            settings["relative_buckets"],
+            settings["relative_max_distance"],
+            not settings["causal"],
+            names=("relative_buckets", "relative_max_distance"),
         )

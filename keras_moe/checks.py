@@ -42,7 +42,7 @@ def fraction(name, value):
 
 def one_of(name, value, choices):
     """`value` is one of `choices`."""
-    if value not in choices:
+    if value not in tuple(choices):  # which a list can be asked of, too
         raise ValueError(
             f"`{name}` must be one of {', '.join(map(repr, choices))}. "
             f"Received: {name}={value!r}"
@@ -60,6 +60,14 @@ def activation(name, value):
             f"`{name}` must be the name of a Keras activation or a callable. "
             f"Received: {name}={value!r}"
         ) from None
+
+
+def even(name, value):
+    """`value` is even, as features must be that are rotated in pairs."""
+    if value % 2:
+        raise ValueError(
+            f"`{name}` must be even with rotary positions. Received: {name}={value}"
+        )
 
 
 def top_k(value, num_experts):

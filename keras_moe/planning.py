@@ -18,8 +18,6 @@ import math
 from typing import NamedTuple
 
 from keras_moe import architecture, checks
-from keras_moe.layers import attention, transformer_block
-from keras_moe.layers.relative_bias import check_buckets
 from keras_moe.models import MoEBackbone, MoESeq2SeqBackbone, presets
 
 # Bytes of a weight and of an activation.
@@ -342,58 +340,20 @@ def _read(preset):
     architecture.check(settings)
     stacks = architecture.stacks(settings)
     for stack in stacks:
-        _check(stack)
+        _fill_in(stack)
     return name, stacks
 
 
-def _check(s):
-    """What decides how many weights there are, and is else checked by the layers.
+def _fill_in(s):
+    """Fills in the sizes that follow from others.
 
-    Fills in the sizes that follow from others.
+    Raises:
+        ValueError: for a router whose weights are not known.
     """
-    checks.one_of("norm", s["norm"], tuple(transformer_block.NORMS))
-    checks.one_of("positions", s["positions"], attention.POSITIONS)
-    checks.one_of("attention_bias", s["attention_bias"], attention.BIASES)
-    checks.one_of("query_key_norm", s["query_key_norm"], attention.QUERY_KEY_NORMS)
-    checks.at_least("num_query_heads", s["num_query_heads"], 1)
     if s["attention"] == "grouped_query":
-        _check_heads(s)
-    if s["query_rank"] is not None:
-        checks.at_least("query_rank", s["query_rank"], 1)
-    if _dense_blocks(s):
-        checks.at_least("dense_dim", s["dense_dim"], 1)
-    if _mixtures(s):
-        _check_mixture(s)
-
-
-def _check_heads(s):
-    heads = s["num_query_heads"]
-    if s["num_key_value_heads"] is not None:
-        checks.at_least("num_key_value_heads", s["num_key_value_heads"], 1)
-    s["num_key_value_heads"] = architecture.num_key_value_heads(s)
-    checks.divides(
-        "num_query_heads", heads, "num_key_value_heads", s["num_key_value_heads"]
-    )
-    if s["head_dim"] is None:
-        checks.divides("hidden_dim", s["hidden_dim"], "num_query_heads", heads)
+        s["num_key_value_heads"] = architecture.num_key_value_heads(s)
         s["head_dim"] = architecture.head_dim(s)
-    checks.at_least("head_dim", s["head_dim"], 1)
-    if s["positions"] == "relative_bias":
-        check_buckets(
-            s["relative_buckets"],
-            s["relative_max_distance"],
-            not s["causal"],
-            names=("relative_buckets", "relative_max_distance"),
-        )
-
-
-def _check_mixture(s):
-    checks.at_least("expert_dim", s["expert_dim"], 1)
-    checks.top_k(s["top_k"], s["num_experts"])
-    checks.shared_experts(
-        s["num_shared_experts"], s["shared_expert_dim"], s["shared_expert_gate"]
-    )
-    if s["router"] != "top_k":
+    if _mixtures(s) and s["router"] != "top_k":
         raise ValueError(
             "`router` must be 'top_k' to be planned: the weights of others are "
             f"not known. Received: router={s['router']!r}"

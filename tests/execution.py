@@ -118,6 +118,25 @@ def program(function, mode, *structure):
     return ""
 
 
+def when_run(function):
+    """Calls `function` whenever the computation that this stands in runs, in eager."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        # What is recomputed on JAX is not Python's, but what was traced of it.
+        jax.debug.callback(function)
+    else:
+        function()
+
+
+def wait_for_runs():
+    """Returns when all functions of `when_run` have been called."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.effects_barrier()
+
+
 @functools.cache
 def differentiated(function):
     """`(tensors, cotangent) -> (output, gradients)` of `function(*tensors)`."""

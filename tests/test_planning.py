@@ -517,7 +517,35 @@ def test_bad_arguments(arguments, parts):
         ({"expert_dim": None}, ["`expert_dim` is needed", "expert_dim=None"]),
         ({"dense_dim": 0}, ["`dense_dim` must be", "dense_dim=0"]),
         ({"norm": "batch"}, ["`norm` must be one of", "norm='batch'"]),
-        ({"router": "mine"}, ["`router` must be 'top_k'", "router='mine'"]),
+        ({"router": "mine"}, ["`router` must be one of 'top_k'", "router='mine'"]),
+        ({"expert_groups": 3}, ["`num_experts` must be a multiple of", "groups=3"]),
+        ({"expert_groups": 2, "top_k_groups": 3}, ["`top_k_groups` must be at most"]),
+        ({"group_scores": "mean"}, ["`group_scores` must be one of", "'mean'"]),
+        ({"scores": "relu"}, ["`scores` must be one of", "'relu'"]),
+        ({"gates_from": "some"}, ["`gates_from` must be one of", "'some'"]),
+        ({"gate_scale": 0}, ["`gate_scale` must be", "gate_scale=0"]),
+        ({"router_jitter": 1}, ["`router_jitter` must be", "router_jitter=1"]),
+        ({"second_choice_threshold": 2.0}, ["`second_choice_threshold` must be"]),
+        ({"bias_update_rate": 0.1}, ["`bias_update_rate` needs", "0.1"]),
+        ({"balance_loss": -1.0}, ["`balance_loss` must be", "balance_loss=-1.0"]),
+        ({"balance_choices": "best"}, ["`balance_choices` must be one of", "'best'"]),
+        ({"dispatch": "capacity"}, ["needs either `capacity_factor` or `capacity`"]),
+        ({"dispatch": "random"}, ["`dispatch` must be one of", "'random'"]),
+        ({"capacity_factor": 1.0}, ["`capacity_factor` needs", '"dropless"']),
+        (
+            {"dispatch": "capacity", "capacity_factor": 1.0, "capacity_group": 0},
+            ["`capacity_group` must be", "capacity_group=0"],
+        ),
+        ({"activation": "sillu"}, ["`activation` must be", "activation='sillu'"]),
+        ({"dropout": 1.0}, ["`dropout` must be", "dropout=1.0"]),
+        ({"norm_epsilon": 0.0}, ["`norm_epsilon` must be", "norm_epsilon=0.0"]),
+        ({"head_dim": 3}, ["`head_dim` must be even", "head_dim=3"]),
+        ({"rope_theta": -1}, ["`rope_theta` must be", "rope_theta=-1"]),
+        ({"rope_scaling": {"type": "dynamic"}}, ["rope_scaling['type']", "'dynamic'"]),
+        ({"rope_scaling": {"type": ["yarn"]}}, ["rope_scaling['type']", "['yarn']"]),
+        ({"sliding_window": 0}, ["`sliding_window` must be", "sliding_window=0"]),
+        ({"attention_soft_cap": 0}, ["`attention_soft_cap` must be", "cap=0"]),
+        ({"clip_query_key_value": -2.0}, ["`clip_query_key_value` must be", "-2.0"]),
         ({"attention": "linear"}, ["`attention` must be one of", "'linear'"]),
         ({"attention_bias": "yes"}, ["`attention_bias` must be one of", "'yes'"]),
         ({"query_key_norm": "rms"}, ["`query_key_norm` must be one of", "'rms'"]),
@@ -536,6 +564,8 @@ def test_bad_settings(overrides, parts):
     config = {**small_models.SETTINGS, "num_shared_experts": 0, **overrides}
     with raises(*parts):
         keras_moe.plan(config, sequence_length=4)
+    with raises(*parts):
+        MoEBackbone(**config)
 
 
 def test_settings_missing():

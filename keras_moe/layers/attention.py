@@ -167,10 +167,7 @@ class SelfAttention(Attention):
         self.window = window
 
     def _build_rotary(self, dim, name):
-        if dim % 2:
-            raise ValueError(
-                f"`{name}` must be even with rotary positions. Received: {name}={dim}"
-            )
+        checks.even(name, dim)
         self._frequencies = rotary_frequencies(dim, self.rope_theta, self.rope_scaling)
 
     def _query_index(self, inputs, cache, cache_index):

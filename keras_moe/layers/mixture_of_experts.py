@@ -19,7 +19,14 @@ from keras_moe.layers import routing_statistics
 from keras_moe.layers.experts import Experts
 from keras_moe.layers.feed_forward import FeedForward
 from keras_moe.layers.initializers import fresh
-from keras_moe.layers.routers import Router, TopKRouter
+from keras_moe.layers.routers import (
+    GATES_FROM,
+    SCORES,
+    Router,
+    TopKRouter,
+    check_groups,
+    check_second_choice,
+)
 
 ROUTERS = {"top_k": TopKRouter}
 DISPATCHES = ("dropless", "capacity")
@@ -192,22 +199,20 @@ class MixtureOfExperts(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
+        settings = dict(locals())
         super().__init__(**kwargs)
-        checks.at_least("num_experts", num_experts, 1)
         checks.at_least("intermediate_dim", intermediate_dim, 1)
-        checks.top_k(top_k, num_experts)
-        checks.shared_experts(num_shared_experts, shared_expert_dim, shared_expert_gate)
-        checks.not_negative("balance_loss", balance_loss)
-        checks.not_negative("z_loss", z_loss)
-        checks.one_of("balance_choices", balance_choices, ("all", "first"))
-        checks.fraction("router_jitter", router_jitter)
-        checks.fraction("expert_dropout", expert_dropout)
-        checks.not_negative("bias_update_rate", bias_update_rate)
+        check_mixture(settings)
         self.supports_masking = True
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
         self.top_k = top_k
         self.activation = checks.activation("activation", activation)
+        self.dispatch = dispatch
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.capacity = capacity
+        self.capacity_group = capacity_group
         self.gated = gated
         self.num_shared_experts = num_shared_experts
         self.shared_expert_dim = shared_expert_dim
@@ -219,9 +224,6 @@ class MixtureOfExperts(keras.layers.Layer):
         self.z_loss = z_loss
         self.balance_choices = balance_choices
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self._set_capacity(
-            dispatch, capacity_factor, eval_capacity_factor, capacity, capacity_group
-        )
         self._router_settings = {
             "scores": scores,
             "normalize_gates": normalize_gates,
@@ -238,10 +240,7 @@ class MixtureOfExperts(keras.layers.Layer):
         self._router_name = router if isinstance(router, str) else None
         self.router = self._make_router(router)
         if bias_update_rate and not getattr(self.router, "has_selection_bias", False):
-            raise ValueError(
-                "`bias_update_rate` needs a router with `selection_bias=True`. "
-                f"Received: bias_update_rate={bias_update_rate}"
-            )
+            raise ValueError(_NEEDS_BIAS.format(bias_update_rate))
         self.experts = Experts(
             num_experts,
             intermediate_dim,
@@ -273,47 +272,6 @@ class MixtureOfExperts(keras.layers.Layer):
                 name="shared_expert_gate",
             )
         self._load = _Load(num_experts)
-
-    def _set_capacity(self, dispatch, factor, eval_factor, capacity, group):
-        checks.one_of("dispatch", dispatch, DISPATCHES)
-        given = {
-            "capacity_factor": factor,
-            "eval_capacity_factor": eval_factor,
-            "capacity": capacity,
-        }
-        if dispatch == "dropless":
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(
-                        f'`{name}` needs `dispatch="capacity"`. Received: '
-                        f'dispatch="dropless", {name}={value!r}'
-                    )
-        elif (factor is None) == (capacity is None):
-            raise ValueError(
-                '`dispatch="capacity"` needs either `capacity_factor` or '
-                f"`capacity`. Received: capacity_factor={factor!r}, "
-                f"capacity={capacity!r}"
-            )
-        if capacity is not None:
-            checks.at_least("capacity", capacity, 1)
-            if eval_factor is not None:
-                raise ValueError(
-                    "`eval_capacity_factor` must be None with a `capacity`, which "
-                    "holds outside training, too. Received: "
-                    f"eval_capacity_factor={eval_factor!r}, capacity={capacity!r}"
-                )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            if given[name] is not None:
-                checks.positive(name, given[name])
-        if group not in CAPACITY_GROUPS:
-            if isinstance(group, str):
-                checks.one_of("capacity_group", group, (*CAPACITY_GROUPS, "an integer"))
-            checks.at_least("capacity_group", group, 1)
-        self.dispatch = dispatch
-        self.capacity_factor = factor
-        self.eval_capacity_factor = eval_factor
-        self.capacity = capacity
-        self.capacity_group = group
 
     def _make_router(self, router):
         settings = self._router_settings
@@ -583,3 +541,80 @@ class _Load:
     @property
     def variables(self):
         return [self.share, self.dropped]
+
+
+def check_mixture(s):
+    """Refuses settings that do not fit a mixture or each other.
+
+    Args:
+        s: dict, by the names of the arguments of `MixtureOfExperts`; those of its
+            router count where `router` is a name. `intermediate_dim` is not asked.
+    """
+    checks.at_least("num_experts", s["num_experts"], 1)
+    checks.top_k(s["top_k"], s["num_experts"])
+    checks.shared_experts(
+        s["num_shared_experts"], s["shared_expert_dim"], s["shared_expert_gate"]
+    )
+    checks.activation("activation", s["activation"])
+    checks.one_of("balance_choices", s["balance_choices"], ("all", "first"))
+    for name in ("balance_loss", "z_loss", "bias_update_rate"):
+        checks.not_negative(name, s[name])
+    for name in ("router_jitter", "expert_dropout"):
+        checks.fraction(name, s[name])
+    _check_capacity(s)
+    if not isinstance(s["router"], str):
+        return
+    checks.one_of("router", s["router"], ROUTERS)
+    checks.one_of("scores", s["scores"], SCORES)
+    checks.one_of("gates_from", s["gates_from"], GATES_FROM)
+    checks.positive("gate_scale", s["gate_scale"])
+    check_groups(
+        s["num_experts"],
+        s["top_k"],
+        s["expert_groups"],
+        s["top_k_groups"],
+        s["group_scores"],
+        name="expert_groups",
+    )
+    check_second_choice(s["second_choice_threshold"], s["top_k"])
+    if s["bias_update_rate"] and not s["selection_bias"]:
+        raise ValueError(_NEEDS_BIAS.format(s["bias_update_rate"]))
+
+
+_NEEDS_BIAS = (
+    "`bias_update_rate` needs a router with `selection_bias=True`. Received: "
+    "bias_update_rate={}"
+)
+
+
+def _check_capacity(s):
+    checks.one_of("dispatch", s["dispatch"], DISPATCHES)
+    factor, capacity = s["capacity_factor"], s["capacity"]
+    eval_factor, group = s["eval_capacity_factor"], s["capacity_group"]
+    if s["dispatch"] == "dropless":
+        for name in ("capacity_factor", "eval_capacity_factor", "capacity"):
+            if s[name] is not None:
+                raise ValueError(
+                    f'`{name}` needs `dispatch="capacity"`. Received: '
+                    f'dispatch="dropless", {name}={s[name]!r}'
+                )
+    elif (factor is None) == (capacity is None):
+        raise ValueError(
+            '`dispatch="capacity"` needs either `capacity_factor` or `capacity`. '
+            f"Received: capacity_factor={factor!r}, capacity={capacity!r}"
+        )
+    if capacity is not None:
+        checks.at_least("capacity", capacity, 1)
+        if eval_factor is not None:
+            raise ValueError(
+                "`eval_capacity_factor` must be None with a `capacity`, which holds "
+                "outside training, too. Received: "
+                f"eval_capacity_factor={eval_factor!r}, capacity={capacity!r}"
+            )
+    for name in ("capacity_factor", "eval_capacity_factor"):
+        if s[name] is not None:
+            checks.positive(name, s[name])
+    if group not in CAPACITY_GROUPS:
+        if isinstance(group, str):
+            checks.one_of("capacity_group", group, (*CAPACITY_GROUPS, "an integer"))
+        checks.at_least("capacity_group", group, 1)

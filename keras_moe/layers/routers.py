@@ -17,6 +17,9 @@ from keras_moe import checks
 from keras_moe.layers.initializers import fresh
 from keras_moe.ops import top_k as top_k_op
 
+SCORES = ("softmax", "sigmoid")
+GATES_FROM = ("all", "top_k")
+
 
 class Routing(NamedTuple):
     """What a router decides, and what its losses need.
@@ -201,21 +204,20 @@ class TopKRouter(Router):
         super().__init__(
             num_experts, top_k, kernel_initializer=kernel_initializer, **kwargs
         )
-        checks.one_of("group_scores", group_scores, ("max", "top_2"))
         checks.positive("gate_scale", gate_scale)
-        _check_groups(num_experts, top_k, groups, top_k_groups, group_scores)
+        check_groups(num_experts, top_k, groups, top_k_groups, group_scores)
         self.has_selection_bias = selection_bias
         self.groups = groups
         self.top_k_groups = top_k_groups
         self.group_scores = group_scores
         self.gate_scale = gate_scale
-        checks.one_of("scores", scores, ("softmax", "sigmoid"))
-        checks.one_of("gates_from", gates_from, ("all", "top_k"))
+        checks.one_of("scores", scores, SCORES)
+        checks.one_of("gates_from", gates_from, GATES_FROM)
         checks.fraction("jitter", jitter)
         self.scores = scores
         self.normalize_gates = normalize_gates
         self.gates_from = gates_from
-        _check_second_choice(second_choice_threshold, top_k)
+        check_second_choice(second_choice_threshold, top_k)
         self.jitter = jitter
         self.second_choice_threshold = second_choice_threshold
         self.seed = seed
@@ -325,25 +327,28 @@ class TopKRouter(Router):
         }
 
 
-def _check_groups(num_experts, top_k, groups, top_k_groups, group_scores):
-    checks.at_least("groups", groups, 1)
+def check_groups(num_experts, top_k, groups, top_k_groups, group_scores, name="groups"):
+    """Refuses groups that do not hold `top_k` experts; `name` is that of `groups`."""
+    checks.one_of("group_scores", group_scores, ("max", "top_2"))
+    checks.at_least(name, groups, 1)
     checks.at_least("top_k_groups", top_k_groups, 1)
-    checks.divides("num_experts", num_experts, "groups", groups)
+    checks.divides("num_experts", num_experts, name, groups)
     size = num_experts // groups
     if top_k_groups > groups or top_k > top_k_groups * size:
         raise ValueError(
-            "`top_k_groups` must be at most `groups`, with `top_k` experts or more in "
-            f"them. Received: top_k_groups={top_k_groups}, groups={groups}, "
+            f"`top_k_groups` must be at most `{name}`, with `top_k` experts or more in "
+            f"them. Received: top_k_groups={top_k_groups}, {name}={groups}, "
             f"top_k={top_k}, num_experts={num_experts}"
         )
     if groups > top_k_groups and group_scores == "top_2" and size < 2:
         raise ValueError(
             '`group_scores="top_2"` needs groups of 2 experts or more. '
-            f"Received: groups={groups}, num_experts={num_experts}"
+            f"Received: {name}={groups}, num_experts={num_experts}"
         )
 
 
-def _check_second_choice(threshold, top_k):
+def check_second_choice(threshold, top_k):
+    """Refuses a `second_choice_threshold` that is out of range, or without effect."""
     if threshold is None:
         return
     checks.positive("second_choice_threshold", threshold)

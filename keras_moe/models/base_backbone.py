@@ -10,6 +10,8 @@ from keras_moe import architecture
 from keras_moe.models.compression import warn_experts_left
 from keras_moe.models.pretrained import PretrainedBackbone
 
+_LATENT_PROJECTIONS = ("query_down", "query_up", "key_value_down", "key_value_up")
+
 
 class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
     """A KerasHub backbone whose settings are the arguments of its class.
@@ -54,6 +56,10 @@ class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
     def mixtures(self):
         """The `MixtureOfExperts` layers, first to last."""
         return [layer.feed_forward for layer in self.blocks if layer.is_mixture]
+
+    def default_lora_layer_names(self):
+        """The projections of queries and values, those of latent attention too."""
+        return [*super().default_lora_layer_names(), *_LATENT_PROJECTIONS]
 
     def enable_lora(self, rank, target_layer_names=None):
         """As KerasHub's; experts take no part yet, and a warning says so."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import ml_dtypes
@@ -354,9 +355,11 @@ def _write(folder, tensors):
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
 
 
-def test_refuses_an_unknown_model_type(spoiled):
-    _change_config(spoiled, model_type="llama")
-    with pytest.raises(ValueError, match="'mixtral', 'qwen2_moe'.*'llama'"):
+@pytest.mark.parametrize("model_type", ["llama", ["mixtral"], None, 3])
+def test_refuses_an_unknown_model_type(spoiled, model_type):
+    _change_config(spoiled, model_type=model_type)
+    received = re.escape(f"model_type={model_type!r}")
+    with pytest.raises(ValueError, match=f"'mixtral', 'qwen2_moe'.*{received}"):
         MoEBackbone.from_preset(str(spoiled))
 
 

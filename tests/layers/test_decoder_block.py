@@ -11,7 +11,14 @@ from keras_moe.layers import (
     MixtureOfExperts,
     RoutingStatistics,
 )
-from tests.execution import MODES, as_function, in_mode, with_gradients
+from tests.execution import (
+    MODES,
+    as_function,
+    in_mode,
+    wait_for_runs,
+    when_run,
+    with_gradients,
+)
 from tests.execution import numpy as to_numpy
 from tests.layers import attentions
 from tests.layers.mixtures import reference_of
@@ -265,6 +272,28 @@ def test_symbolic_calls():
     y, updated = block(inputs, cache=cache, cache_index=1)
     assert tuple(y.shape) == (None, LENGTH, DIM)
     assert [tuple(part.shape) for part in updated] == [(None, 9, 2, 2)] * 2
+
+
+@pytest.mark.parametrize(("recompute", "times"), [(False, 1), (True, 2)])
+def test_recomputing_happens(recompute, times):
+    """A hidden feature that is not kept is computed again for the gradient."""
+    runs = []
+
+    def activation(x):
+        when_run(lambda: runs.append(None))
+        return ops.silu(x)
+
+    block, x = make(
+        feed_forward=FeedForward(6, activation=activation), recompute=recompute
+    )
+    runs.clear()
+    with_gradients(lambda x: block(x, training=True), [x], np.ones_like(x))
+    wait_for_runs()
+    assert len(runs) == times
+    runs.clear()
+    block(x, training=False)
+    wait_for_runs()
+    assert len(runs) == 1
 
 
 @pytest.mark.parametrize("mode", MODES)

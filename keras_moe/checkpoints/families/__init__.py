@@ -35,12 +35,12 @@ def find_family(config):
         ValueError: for a model type that is missing or not supported.
     """
     model_type = config.get("model_type")
-    if model_type in _UNSUPPORTED:
+    if isinstance(model_type, str) and model_type in _UNSUPPORTED:
         raise ValueError(
             f"Models of type {model_type!r} cannot be loaded: the layers lack "
             f"{_UNSUPPORTED[model_type]}. Received: model_type={model_type!r}"
         )
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             "`config.json` must have a `model_type` of "
             f"{', '.join(map(repr, FAMILIES))}. Received: model_type={model_type!r}"
