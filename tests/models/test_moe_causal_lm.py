@@ -80,6 +80,21 @@ def test_a_wide_beam_finds_the_likeliest_continuation():
     np.testing.assert_array_equal(got[0, 3:], pairs[np.argmax(first + second)])
 
 
+@pytest.mark.parametrize("overrides", [{}, LATENT], ids=["grouped_query", "latent"])
+def test_a_row_does_not_depend_on_the_others(overrides):
+    """Capacity is counted for each, and a longer prompt is not routed anew."""
+    limit = {"dispatch": "capacity", "capacity_factor": 0.1}
+    causal_lm = small_causal_lm(**limit, **overrides)
+    causal_lm.compile(sampler="greedy")
+    inputs = padded(ROWS, 10, "right")
+    (statistics,) = causal_lm.backbone.routing_statistics(inputs)
+    assert float(statistics.dropped)
+    found = causal_lm.generate(inputs, stop_token_ids=None)["token_ids"]
+    for row, wanted in zip(ROWS, found, strict=True):
+        alone = causal_lm.generate(padded([row], 10, "right"), stop_token_ids=None)
+        np.testing.assert_array_equal(alone["token_ids"][0], wanted)
+
+
 def test_generation_ends_at_stop_tokens():
     causal_lm = small_causal_lm()
     causal_lm.compile(sampler="greedy")
