@@ -101,8 +101,26 @@ class Experts(keras.layers.Layer):
             autocast=False,
         )
 
+    @property
+    def kernels(self):
+        """The matrices of all experts, `[E, D, H]` each, the last `[E, H, D]`."""
+        gate = (self.gate_kernel,) if self.gated else ()
+        return (*gate, self.up_kernel, self.down_kernel)
+
     def call(self, inputs, group_sizes, training=None):
-        inner = (self.gate_kernel, self.up_kernel) if self.gated else (self.up_kernel,)
+        return self.apply(inputs, group_sizes, self.kernels, training)
+
+    def apply(self, inputs, group_sizes, kernels, training=None):
+        """`call` with the matrices as arguments, of these experts or of a part.
+
+        Args:
+            inputs: float tensor `[N, D]`.
+            group_sizes: int32 tensor, the rows of each expert in `kernels`.
+            kernels: tuple of tensors in the order of `Experts.kernels`.
+            training: bool.
+        """
+        *inner, down = kernels
+        inner = tuple(inner)
         if self.dropout and training:
             # One mask for all rows: a stage sees some of them, and on the way back
             # sees them again.
@@ -111,10 +129,10 @@ class Experts(keras.layers.Layer):
 
             hidden = _activate(self.activation, [product(inputs, k) for k in inner])
             hidden = self.hidden_dropout(hidden, training=True)
-            return product(hidden, self.down_kernel)
+            return product(hidden, down)
         stages = [
             Stage(project_all, inner),
-            Stage(_Narrow(self.activation), (self.down_kernel,)),
+            Stage(_Narrow(self.activation), (down,)),
         ]
         return grouped_apply(stages, inputs, group_sizes)
 

@@ -15,7 +15,7 @@ from keras_moe.dispatch import (
     limit_capacity,
     sort_by_expert,
 )
-from keras_moe.layers import routing_statistics
+from keras_moe.layers import routing_statistics, spreading
 from keras_moe.layers.experts import Experts
 from keras_moe.layers.feed_forward import FeedForward
 from keras_moe.layers.initializers import fresh
@@ -379,30 +379,40 @@ class MixtureOfExperts(keras.layers.Layer):
         tokens = ops.reshape(inputs, (-1, shape[-1]))
         if mask is not None:
             mask = None if self.route_padding else self._flat_mask(mask, inputs)
-        routing = limited = self.router(tokens, mask=mask, training=training)
-        if self.dispatch == "capacity":
-            group_size, capacity = self._group_and_capacity(
-                shape, training, per_sequence
-            )
-            limited = limit_capacity(routing, capacity, group_size, self.num_experts)
-        outputs = self._compute(tokens, limited, training)
+        how = spreading.Pass(shape, training, with_statistics, per_sequence)
+        outputs, statistics = spreading.run(self, tokens, mask, how)
         if self.num_shared_experts:
             shared = self.shared_experts(tokens, training=training)
             if self.has_shared_expert_gate:
                 shared = self.shared_expert_gate(tokens) * shared
             outputs = outputs + shared
+        return ops.reshape(outputs, shape), statistics
+
+    def route_and_compute(self, compute, tokens, mask, how):
+        """Routes tokens and lets their experts compute them.
+
+        Args:
+            compute: callable `(rows, group_sizes) -> rows`, the experts.
+            tokens: float tensor `[T, D]`.
+            mask: bool tensor `[T]` or None.
+            how: a `spreading.Pass`, of these tokens.
+
+        Returns:
+            The outputs `[T, D]` without shared experts, and the statistics or None.
+        """
+        routing = limited = self.router(tokens, mask=mask, training=how.training)
+        if self.dispatch == "capacity":
+            group_size, capacity = self.group_and_capacity(how)
+            limited = limit_capacity(routing, capacity, group_size, self.num_experts)
+        order = sort_by_expert(limited.expert_ids, self.num_experts)
+        rows = ops.take(tokens, order.tokens, axis=0)
+        outputs = combine(compute(rows, order.group_sizes), order, limited.gates)
         statistics = None
-        if with_statistics:
+        if how.with_statistics:
             statistics = routing_statistics.collect(
                 routing, limited, self.num_experts, mask
             )
-        return ops.reshape(outputs, shape), statistics
-
-    def _compute(self, tokens, routing, training):
-        order = sort_by_expert(routing.expert_ids, self.num_experts)
-        rows = ops.take(tokens, order.tokens, axis=0)
-        rows = self.experts(rows, order.group_sizes, training=training)
-        return combine(rows, order, routing.gates)
+        return outputs, statistics
 
     def _flat_mask(self, mask, inputs):
         mask = ops.convert_to_tensor(mask, "bool")
@@ -418,7 +428,9 @@ class MixtureOfExperts(keras.layers.Layer):
             )
         return ops.reshape(mask, (-1,))
 
-    def _group_and_capacity(self, shape, training, per_sequence):
+    def group_and_capacity(self, how):
+        """G and C in a `spreading.Pass`."""
+        shape, training, per_sequence = how.shape, how.training, how.per_sequence
         if self.capacity_group == "sequence" or per_sequence:
             if len(shape) < 3:
                 raise ValueError(
