@@ -3,6 +3,7 @@
 import warnings
 
 from keras_moe import architecture, checkpoints
+from keras_moe.layers.initializers import skipped
 from keras_moe.models import presets
 from keras_moe.models._keras_hub import classproperty
 
@@ -79,9 +80,11 @@ class PretrainedBackbone(Pretrained):
             return checkpoints.load_backbone(
                 cls, folder, load_weights, verbose=verbose, **kwargs
             )
-        backbone = super().from_preset(folder, load_weights=load_weights, **kwargs)
-        if load_weights:
-            presets.check_weights(folder, backbone)
+        if not load_weights:
+            return super().from_preset(folder, load_weights=False, **kwargs)
+        with skipped():
+            backbone = super().from_preset(folder, **kwargs)
+        presets.check_weights(folder, backbone)
         return backbone
 
 

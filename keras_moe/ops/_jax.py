@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from keras_moe.ops._blocks import block_at, sweeps
@@ -180,11 +181,30 @@ def inverse_permutation(permutation):
 
 
 def assign_parts(variable, parts):
+    """Device by device, each taking its share of a part."""
+    sharding, shape = variable.value.sharding, variable.shape
+    shards = [(s.index, s.data) for s in variable.value.addressable_shards]
     for index, array in parts:
-        if index is None:
-            variable.assign(jnp.asarray(array))
-        else:  # the old value is given away, so that the new one takes its memory
-            variable.assign(_set_row(variable.value, index, array))
+        shards = [(own, _with_part(old, own, index, array)) for own, old in shards]
+    values = [value for _, value in shards]
+    variable.assign(jax.make_array_from_single_device_arrays(shape, sharding, values))
+
+
+def _with_part(value, own, index, array):
+    """A device's share of a variable, with its share of a part.
+
+    Args:
+        value: the share, given away, so that the result takes its memory.
+        own: the slices of the variable that the share is.
+        index: int: where along the first axis the part lies; None for a whole one.
+        array: the part.
+    """
+    if index is None:
+        return jax.device_put(np.asarray(array[own], order="C"), value.sharding)
+    row = index - (own[0].start or 0)
+    if not 0 <= row < value.shape[0]:
+        return value
+    return _set_row(value, row, np.asarray(array[own[1:]], order="C"))
 
 
 def unwritten_zeros(shape, dtype):
