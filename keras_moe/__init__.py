@@ -1,6 +1,6 @@
 """Mixture-of-experts models for Keras, on JAX, torch and TensorFlow."""
 
-from keras_moe import checkpoints, layers, models, ops
+from keras_moe import checkpoints, distribution, layers, models, ops
 from keras_moe.listing import list_presets
 from keras_moe.planning import plan
 from keras_moe.sample_text import sample_text
@@ -13,6 +13,7 @@ __all__ = [
     "SpanCorruption",
     "SpanCorruptionDataset",
     "checkpoints",
+    "distribution",
     "layers",
     "list_presets",
     "models",

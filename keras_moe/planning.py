@@ -311,6 +311,18 @@ def count_parameters(preset):
 # --- Settings ---
 
 
+def stacks_of(preset):
+    """The settings of a model's stacks of blocks, complete and checked.
+
+    Args:
+        preset: as for `plan`.
+
+    Returns:
+        A list of dicts, as `architecture.stacks` gives them.
+    """
+    return _read(preset)[1]
+
+
 def _read(preset):
     """The name of a preset and the settings of its stacks, complete and checked."""
     if isinstance(preset, dict):

@@ -11,6 +11,10 @@ for _variable in (
 ):
     os.environ.setdefault(_variable, "2")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# For tests/distribution; without a distribution the first device is used alone.
+_DEVICES = "--xla_force_host_platform_device_count=8"
+if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}"
 
 import keras  # noqa: E402
 import pytest  # noqa: E402

@@ -3,10 +3,13 @@
 B  batch        S  sequence length      D  `hidden_dim`     V  `vocabulary_size`
 """
 
+import keras
 import keras_hub
 import numpy as np
 
 from keras_moe import architecture
+from keras_moe.distribution import layouts
+from keras_moe.distribution.support import check_supported
 from keras_moe.models.compression import warn_experts_left
 from keras_moe.models.pretrained import PretrainedBackbone
 
@@ -29,6 +32,7 @@ class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         Returns:
             The settings, a dict.
         """
+        check_supported(keras.distribution.distribution())
         cls = type(self)
         settings = {name: arguments[name] for name in architecture.names(cls)}
         architecture.check_names(others, cls)
@@ -51,6 +55,54 @@ class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         """The logits `[B, S, V]` of hidden states `[B, S, D]`."""
         logits = self.token_embedding(hidden_states, reverse=True)
         return _scaled(logits, self._logit_multiplier)
+
+    @staticmethod
+    def get_layout_map(
+        device_mesh,
+        model_parallel_dim_name="model",
+        data_parallel_dim_name="batch",
+        expert_parallel_dim_name="expert",
+    ):
+        """Where the weights lie on a mesh, for `keras.distribution.ModelParallel`.
+
+        Attention heads, the vocabulary and the hidden features of dense blocks and
+        experts lie over the model axis, experts over the expert axis. Over the batch
+        axis, and the expert axis where it is not taken, the features of all matrices
+        lie: storage alone, gathered where a layer is computed, so that weights and
+        the optimizer's state take less on each device. Axes that the mesh does not
+        have are left out.
+
+        Args:
+            device_mesh: `keras.distribution.DeviceMesh`.
+            model_parallel_dim_name: str, the model axis.
+            data_parallel_dim_name: str or None, the batch axis; None leaves weights
+                whole along it.
+            expert_parallel_dim_name: str, the expert axis.
+
+        Returns:
+            A `keras.distribution.LayoutMap`.
+
+        Raises:
+            ValueError: if the mesh has none of the axes.
+
+        Example:
+
+        ```python
+        mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
+        layout_map = keras_moe.models.MoEBackbone.get_layout_map(mesh)
+        keras.distribution.set_distribution(
+            keras.distribution.ModelParallel(
+                layout_map=layout_map, batch_dim_name="batch"
+            )
+        )
+        ```
+        """
+        return layouts.layout_map(
+            device_mesh,
+            model_parallel_dim_name,
+            data_parallel_dim_name,
+            expert_parallel_dim_name,
+        )
 
     @property
     def mixtures(self):

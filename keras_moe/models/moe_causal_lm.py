@@ -9,6 +9,7 @@ import keras_hub
 from keras import ops
 
 from keras_moe import checks
+from keras_moe.distribution.expert_parallel import any_batch
 from keras_moe.models.language_model import (
     LanguageModel,
     check_right_padding,
@@ -127,12 +128,13 @@ class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
                 range, and S beyond the context.
         """
         self._check_prompt(inputs, max_length)
-        return super().generate(
-            inputs,
-            max_length=max_length,
-            stop_token_ids=self._stops(stop_token_ids),
-            **kwargs,
-        )
+        with any_batch():  # of prompts, which KerasHub distributes
+            return super().generate(
+                inputs,
+                max_length=max_length,
+                stop_token_ids=self._stops(stop_token_ids),
+                **kwargs,
+            )
 
     def _check_prompt(self, inputs, max_length):
         context = self.backbone.context_length

@@ -1,0 +1,17 @@
+"""Distributions are global: none is left behind."""
+
+import keras
+import pytest
+
+# `keras.distribution` distributes on JAX alone; the others test what they say instead.
+collect_ignore = (
+    []
+    if keras.config.backend() == "jax"
+    else ["test_expert_parallel.py", "test_models.py", "test_meshes.py"]
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_distribution():
+    yield
+    keras.distribution.set_distribution(None)

@@ -1,0 +1,32 @@
+"""Meshes of eight virtual devices, by the axes they have."""
+
+import keras
+
+from keras_moe.distribution import ExpertParallel
+from keras_moe.models import MoEBackbone
+
+MESHES = {
+    "batch": {"batch": 8},
+    "expert": {"expert": 8},
+    "batch_expert": {"batch": 2, "expert": 4},
+    "expert_model": {"expert": 4, "model": 2},
+    "batch_expert_model": {"batch": 2, "expert": 2, "model": 2},
+}
+
+
+def mesh(name):
+    """The `keras.distribution.DeviceMesh` of a name."""
+    sizes = MESHES[name]
+    count = 1
+    for size in sizes.values():
+        count *= size
+    devices = keras.distribution.list_devices()[:count]
+    return keras.distribution.DeviceMesh(tuple(sizes.values()), [*sizes], devices)
+
+
+def distribute(name):
+    """Sets the distribution over a mesh, and returns it."""
+    layout_map = MoEBackbone.get_layout_map(mesh(name))
+    distribution = ExpertParallel(layout_map=layout_map)
+    keras.distribution.set_distribution(distribution)
+    return distribution
