@@ -8,6 +8,7 @@ import atexit
 import threading
 import time
 
+import keras
 from keras import ops
 from keras.src.backend.common.variables import AutocastScope
 from keras_hub.src.models.mixtral import mixtral_decoder
@@ -30,6 +31,7 @@ from keras_hub.src.utils.tensor_utils import (
 )
 
 __all__ = [
+    "Replicable",
     "any_equal",
     "as_stored",
     "classproperty",
@@ -47,6 +49,28 @@ __all__ = [
     "strip_to_ragged",
     "strip_to_ragged_python",
 ]
+
+
+class Replicable:
+    """What a model of KerasHub lacks to be trained by replicas."""
+
+    def __setattr__(self, name, value):
+        # KerasHub sets attributes past torch while a model is being built. This one is
+        # where torch finds a model's parameters, and there would be none.
+        if name == "_torch_params":
+            keras.Model.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # TensorFlow's trainer asks for this. To know the shapes of a batch, it takes
+        # the mean of those of all replicas, which masks, being bool, have not.
+        if iterator is not None and self._distribute_strategy is not None:
+            _, _, batches = next(iter(iterator))
+            local = self._distribute_strategy.experimental_local_results
+            data_batch = keras.tree.map_structure(lambda t: local(t)[0], next(batches))
+            iterator = None
+        super()._maybe_symbolic_build(iterator, data_batch)
 
 
 def find_tokenizer_asset(preset, config_file, file_name):

@@ -5,10 +5,10 @@ import warnings
 from keras_moe import architecture, checkpoints
 from keras_moe.layers.initializers import skipped
 from keras_moe.models import presets
-from keras_moe.models._keras_hub import classproperty
+from keras_moe.models._keras_hub import Replicable, classproperty
 
 
-class Pretrained:
+class Pretrained(Replicable):
     """What backbones and tasks have in common."""
 
     @classproperty
