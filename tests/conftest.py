@@ -19,6 +19,15 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 import keras  # noqa: E402
 import pytest  # noqa: E402
 
+if keras.config.backend() == "tensorflow":
+    import tensorflow as tf
+
+    # Two, for tests/distribution, before TensorFlow looks for its devices.
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 2,
+    )
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():

@@ -27,6 +27,7 @@ from keras_moe.layers.routers import (
     check_groups,
     check_second_choice,
 )
+from keras_moe.ops import sum_over_replicas
 
 ROUTERS = {"top_k": TopKRouter}
 DISPATCHES = ("dropless", "capacity")
@@ -468,8 +469,13 @@ class MixtureOfExperts(keras.layers.Layer):
 
         Args:
             statistics: the `RoutingStatistics` of one call of `mix`, or the sum
-                of several.
+                of several. Those of the replicas of data-parallel training are
+                summed here (see `keras_moe.ops.sum_over_replicas`), so that losses
+                and load are those of the whole batch.
         """
+        statistics = routing_statistics.RoutingStatistics(
+            *sum_over_replicas(statistics)
+        )
         if self.balance_loss:
             self.add_loss(
                 self.balance_loss

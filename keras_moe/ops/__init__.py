@@ -4,6 +4,7 @@ from keras_moe.ops.assign_parts import assign_parts, unwritten_zeros
 from keras_moe.ops.grouped_apply import Stage, formulation, grouped_apply
 from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.ops.inverse_permutation import inverse_permutation
+from keras_moe.ops.sum_over_replicas import sum_over_replicas
 from keras_moe.ops.top_k import top_k
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "grouped_apply",
     "grouped_matmul",
     "inverse_permutation",
+    "sum_over_replicas",
     "top_k",
     "unwritten_zeros",
 ]

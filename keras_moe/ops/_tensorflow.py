@@ -3,11 +3,13 @@
 N  rows     D  features in      H  features out     E  groups
 """
 
+import contextlib
 import math
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.common import global_state
 from tensorflow.compiler.tf2xla.python import xla
 from tensorflow.python.ops import control_flow_util
 
@@ -343,6 +345,29 @@ def _aligned(make, shape, name):
 def _share(array, name):
     tensor = tf.experimental.dlpack.from_dlpack(array.__dlpack__())
     return tf.bitcast(tensor, tf.bfloat16) if name == "bfloat16" else tensor
+
+
+def sum_over_replicas(tensors):
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return tensors
+    with _losses_kept():
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+
+@contextlib.contextmanager
+def _losses_kept():
+    """Within, other replicas may call the model that this one is calling.
+
+    At a sum each replica waits for the others, which Python runs in turn. Layers are
+    one for all of them, and so are the lists in which layers keep what `add_loss` gave.
+    """
+    context = global_state.get_global_attribute("current_call_ctx")
+    layers = context.entry_layer._flatten_layers() if context else []
+    kept = [(layer._losses, layer._losses[:]) for layer in layers]
+    yield
+    for losses, own in kept:
+        losses[:] = own
 
 
 def forget_traces():
