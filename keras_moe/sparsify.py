@@ -18,6 +18,7 @@ import keras
 from keras import ops
 
 from keras_moe.dispatch import combine, sort_by_expert
+from keras_moe.distribution.support import check_supported
 from keras_moe.layers.experts import project_all
 from keras_moe.models._keras_hub import (
     as_stored,
@@ -62,8 +63,9 @@ def sparsify(model):
 
     Raises:
         ValueError: if there is no such mixture in `model`, or one that is not as
-            KerasHub made it, such as one with quantized experts. Nothing has been
-            changed then.
+            KerasHub made it, such as one with quantized experts; and where a Keras
+            distribution is set on a backend on which it does nothing. Nothing has
+            been changed then.
 
     Example:
 
@@ -73,6 +75,7 @@ def sparsify(model):
     model.generate("The statement")
     ```
     """
+    check_supported(keras.distribution.distribution())
     layers = model._flatten_layers() if isinstance(model, keras.Model) else []
     blocks = [layer for layer in layers if isinstance(layer, tuple(_SPARSE))]
     if not blocks:

@@ -60,7 +60,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
     def __init__(
         self, *, layout_map, batch_axes=None, reason="", auto_shard_dataset=True
     ):
-        check_supported(self)
+        check_supported("ExpertParallel")
         mesh = layout_map.device_mesh
         if batch_axes is None:
             batch_axes = [axis for axis in mesh.axis_names if axis != "model"]
