@@ -164,6 +164,20 @@ def test_training_is_the_same_eager_and_compiled():
         np.testing.assert_allclose(other_logits, logits, atol=1e-3)
 
 
+def test_steps_of_training_are_those_of_a_plain_keras_model():
+    # torch adds a step's gradients to the last one's where it finds no parameters.
+    x, y = full(random_ids(8, 6)), random_ids(8, 6, seed=7)
+    causal_lm, twin = small_causal_lm(), small_causal_lm()
+    twin.set_weights(causal_lm.get_weights())
+    plain = keras.Model(twin.input, twin.output)
+    for model in (causal_lm, plain):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer=keras.optimizers.SGD(0.1), loss=loss)
+        model.fit(x, y, batch_size=2, epochs=2, shuffle=False, verbose=0)
+    for a, b in zip(causal_lm.get_weights(), twin.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_router_losses_count_in_training_and_not_in_evaluation():
     x, y = full(random_ids(4, 6)), random_ids(4, 6, seed=7)
     losses = {}
