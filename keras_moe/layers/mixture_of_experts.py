@@ -272,7 +272,7 @@ class MixtureOfExperts(keras.layers.Layer):
                 dtype=self.dtype_policy,
                 name="shared_expert_gate",
             )
-        self._load = _Load(num_experts)
+        self._load = None
 
     def _make_router(self, router):
         settings = self._router_settings
@@ -323,11 +323,12 @@ class MixtureOfExperts(keras.layers.Layer):
             self.shared_experts.build(input_shape)
         if self.has_shared_expert_gate:
             self.shared_expert_gate.build((None, dim))
+        self._load = _Load(self.num_experts)  # here, so that its names are this layer's
 
     @property
     def variables(self):
         # Like random seeds: state that training updates, but not weights.
-        return super().variables + self._load.variables
+        return super().variables + (self._load.variables if self._load else [])
 
     @property
     def expert_load(self):

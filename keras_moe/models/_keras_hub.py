@@ -5,12 +5,14 @@ Keras backend. It is imported where a graph is being traced, never before.
 """
 
 import atexit
+import os
 import threading
 import time
 
 import keras
 from keras import ops
 from keras.src.backend.common.variables import AutocastScope
+from keras.src.saving import orbax_util
 from keras_hub.src.models.mixtral import mixtral_decoder
 from keras_hub.src.models.qwen3_moe import qwen3_moe_decoder
 from keras_hub.src.models.qwen_moe import qwen_moe_decoder
@@ -40,6 +42,8 @@ __all__ = [
     "register_names",
     "canonicalize_python_token_inputs",
     "find_tokenizer_asset",
+    "is_orbax_checkpoint",
+    "latest_orbax_checkpoint",
     "ids_to_strings",
     "mixtral_decoder",
     "preprocessing_function",
@@ -71,6 +75,23 @@ class Replicable:
             data_batch = keras.tree.map_structure(lambda t: local(t)[0], next(batches))
             iterator = None
         super()._maybe_symbolic_build(iterator, data_batch)
+
+
+def is_orbax_checkpoint(path):
+    """Whether Orbax wrote a folder, be it of steps or of one."""
+    # Keras does not know a step by its own.
+    return _is_orbax_step(path) or orbax_util.is_orbax_checkpoint(path)
+
+
+def latest_orbax_checkpoint(directory):
+    """The folder of a step: `directory` itself, or its latest that is whole."""
+    if _is_orbax_step(directory):
+        return str(directory)
+    return orbax_util.find_latest_orbax_checkpoint(str(directory))
+
+
+def _is_orbax_step(path):
+    return os.path.exists(os.path.join(path, "_CHECKPOINT_METADATA"))
 
 
 def find_tokenizer_asset(preset, config_file, file_name):

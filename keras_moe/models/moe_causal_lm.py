@@ -17,6 +17,7 @@ from keras_moe.models.language_model import (
 )
 from keras_moe.models.moe_backbone import MoEBackbone, check_inputs
 from keras_moe.models.moe_causal_lm_preprocessor import MoECausalLMPreprocessor
+from keras_moe.models.one_process import check_one_process
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -127,6 +128,7 @@ class MoECausalLM(LanguageModel, keras_hub.models.CausalLM):
             ValueError: for an empty batch or prompt, left padding, ids out of
                 range, and S beyond the context.
         """
+        check_one_process("generate")
         self._check_prompt(inputs, max_length)
         with any_batch():  # of prompts, which KerasHub distributes
             return super().generate(

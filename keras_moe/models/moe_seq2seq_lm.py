@@ -19,6 +19,7 @@ from keras_moe.models.moe_seq2seq_backbone import (
     check_inputs,
 )
 from keras_moe.models.moe_seq2seq_lm_preprocessor import MoESeq2SeqLMPreprocessor
+from keras_moe.models.one_process import check_one_process
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -175,6 +176,7 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
                 ids out of range, batches of different sizes, a source of nothing
                 but padding, and lengths beyond the context.
         """
+        check_one_process("generate")
         if kwargs.get("strip_prompt"):
             raise ValueError(
                 "`strip_prompt` must be False: the source is no part of what is "

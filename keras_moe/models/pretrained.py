@@ -5,10 +5,15 @@ import warnings
 from keras_moe import architecture, checkpoints
 from keras_moe.layers.initializers import skipped
 from keras_moe.models import presets
-from keras_moe.models._keras_hub import Replicable, classproperty
+from keras_moe.models._keras_hub import (
+    Replicable,
+    classproperty,
+    is_orbax_checkpoint,
+)
+from keras_moe.models.one_process import OneProcess, check_one_process
 
 
-class Pretrained(Replicable):
+class Pretrained(OneProcess, Replicable):
     """What backbones and tasks have in common."""
 
     @classproperty
@@ -17,6 +22,36 @@ class Pretrained(Replicable):
         backbone_cls = getattr(cls, "backbone_cls", cls)
         classes = [c.__name__ for c in backbone_cls.__mro__]
         return {name: presets.describe(name) for name in presets.names(*classes)}
+
+    def load_weights(self, filepath, *args, **kwargs):
+        """As Keras's, and what `keras.callbacks.OrbaxCheckpoint` wrote, on any mesh.
+
+        Such a checkpoint sets the weights and, where the model is compiled, the state
+        of its optimizer, so that `fit` goes on. See
+        `keras_moe.distribution.training_checkpoints.restore`.
+
+        Args:
+            filepath: path of a file, or of the callback's folder: then of its latest
+                step; or of one of its steps.
+            *args: as for Keras's `load_weights`.
+            **kwargs: as there.
+
+        Raises:
+            ValueError: for a folder with no whole checkpoint, or with one of another
+                model or optimizer. Nothing has been changed then.
+        """
+        if is_orbax_checkpoint(filepath):
+            from keras_moe.distribution.training_checkpoints import restore
+
+            restore(self, filepath)
+        else:
+            super().load_weights(filepath, *args, **kwargs)
+
+    def set_state_tree(self, state_tree):
+        """As Keras's, whatever the numbers in names of optimizers and random seeds."""
+        from keras_moe.distribution.training_checkpoints import assign
+
+        assign(self, state_tree)
 
     def export_to_transformers(
         self, path, dtype=None, max_shard_size="5GB", overwrite=False
@@ -29,6 +64,7 @@ class Pretrained(Replicable):
             max_shard_size: int, in bytes, or str such as `"5GB"`.
             overwrite: bool, whether a folder that exists is replaced.
         """
+        check_one_process("export_to_transformers")
         checkpoints.export_to_transformers(self, path, dtype, max_shard_size, overwrite)
 
 

@@ -7,7 +7,7 @@ import pytest
 collect_ignore = (
     []
     if keras.config.backend() == "jax"
-    else ["test_expert_parallel.py", "test_models.py", "test_meshes.py"]
+    else ["test_expert_parallel.py", "test_processes.py"]
 )
 
 
