@@ -14,6 +14,7 @@ import sys
 
 from keras_moe import checks, planning
 from keras_moe.listing import list_presets
+from keras_moe.units import count_text
 
 
 def main(arguments=None):
@@ -66,8 +67,8 @@ def list_verb(parser):
         rows = [
             (
                 record.name,
-                planning.count_text(record.total_parameters),
-                planning.count_text(record.active_parameters),
+                count_text(record.total_parameters),
+                count_text(record.active_parameters),
                 record.weights or "none",
                 record.licence or "",
             )
@@ -93,6 +94,16 @@ def plan_verb(parser):
         parser.add_argument(
             f"--{name}", default=default, help=f"such as {example}; default: {default}"
         )
+    parser.add_argument(
+        "--mesh",
+        type=_axis_sizes,
+        help="devices, such as batch=4,expert=8, the innermost axis last; the batch "
+        "is that of all",
+    )
+    default = defaults["platform"].default
+    parser.add_argument(
+        "--platform", default=default, help=f"gpu, tpu or cpu; default: {default}"
+    )
     _add_json(parser)
 
     def run(arguments):
@@ -102,6 +113,8 @@ def plan_verb(parser):
             sequence_length=arguments.sequence_length,
             dtype=arguments.dtype,
             optimizer=arguments.optimizer,
+            mesh=arguments.mesh,
+            platform=arguments.platform,
         )
         if arguments.json:
             _print_json(plan.to_dict())
@@ -134,6 +147,19 @@ def _parser():
         verb_parser = verbs.add_parser(name, help=help, description=text)
         verb_parser.set_defaults(run=verb(verb_parser))
     return parser
+
+
+def _axis_sizes(text):
+    """`"batch=4,expert=8"` as a dict."""
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if not size.isdigit() or name in sizes:
+            raise argparse.ArgumentTypeError(
+                f"must be axes and sizes, such as batch=4,expert=8, not {text!r}"
+            )
+        sizes[name] = int(size)
+    return sizes
 
 
 def _add_json(parser):

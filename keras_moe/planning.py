@@ -14,11 +14,14 @@ Nothing is allocated and no backend is asked.
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
 from keras_moe import architecture, checks
+from keras_moe.distribution.device_plan import DevicePlan, device_plan
 from keras_moe.models import MoEBackbone, MoESeq2SeqBackbone, presets
+from keras_moe.units import bytes_text, count_text
 
 # Bytes of a weight and of an activation.
 _DTYPES = {
@@ -90,6 +93,7 @@ class Plan:
             peak, after the forward pass; see `plan`.
         score_bytes: int, those of them that are scores of attention, which a fused
             kernel does not keep.
+        device: `DevicePlan`: what each device of a mesh takes; None without one.
     """
 
     name: str
@@ -107,6 +111,7 @@ class Plan:
     cache_bytes: int
     activation_bytes: int
     score_bytes: int
+    device: DevicePlan | None = None
 
     @property
     def training_bytes(self):
@@ -125,8 +130,12 @@ class Plan:
 
     def to_dict(self):
         """All figures as a dict that JSON can hold, by name."""
+        figures = dataclasses.asdict(dataclasses.replace(self, device=None))
+        figures.pop("device")
+        if self.device is not None:
+            figures["device"] = self.device.to_dict()
         return {
-            **dataclasses.asdict(self),
+            **figures,
             "parts": {
                 part.name: {"total": part.total, "active": part.active}
                 for part in self.parts
@@ -150,7 +159,7 @@ class Plan:
             ("key-value cache", None, self.cache_bytes),
             ("total", self.training_bytes, self.serving_bytes),
         ]
-        memory = [(name, *map(_bytes_text, row)) for name, *row in memory]
+        memory = [(name, *map(bytes_text, row)) for name, *row in memory]
         rows = [
             ("parameters", "all", "a token's"),
             *((f"  {name}", *row) for name, *row in parameters),
@@ -164,6 +173,8 @@ class Plan:
             f"{self.name}: {self.batch_size} {sequences} of {self.sequence_length} "
             f"tokens in {self.dtype}"
         )
+        if self.device is not None:
+            lines += ["", str(self.device)]
         return "\n".join([title, *lines])
 
 
@@ -174,6 +185,7 @@ def plan(
     dtype="bfloat16",
     optimizer="adamw",
     mesh=None,
+    platform="gpu",
 ):
     """What a model takes, computed from its settings without building it.
 
@@ -210,6 +222,38 @@ def plan(
     models JAX was seen to keep 0.7 to 1.3 times as much, and torch 0.6 to 1.1 times
     what it is without the scores.
 
+    **On a mesh** `device` of the plan says what each device holds, computes and sends
+    in a training step, with the layout map of the backbone or of the distribution.
+    Let P be the bytes of a tensor and n the devices of the axes that a collective
+    runs over. All-gather (P the result), reduce-scatter and all-to-all send
+    `P (n - 1) / n` from each device, all-reduce `2 P (n - 1) / n`, which is what rings
+    send and no way sends less (derived in `keras_moe/distribution/traffic.py`).
+    With `T = B S / n` tokens on a device of those that share the batch, they are
+
+    - for weights stored over axes of the batch, an all-gather of their part of the
+      model axis, P its bytes in the dtype of the products (of experts, in that of
+      the weights), twice with `recompute=True`;
+    - for their gradients a reduce-scatter, and for those of weights that lie whole an
+      all-reduce;
+    - for a mixture whose experts lie over the expert axis four or five all-to-alls of
+      `T K D` numbers: rows there and back, and on the way back gradients there and
+      back, with the rows once more where rounds are not kept (`dropless`); two
+      more with `recompute=True`. With them, the counts of rows for each expert
+      from each device of the axis, in int32;
+    - for routing statistics, an all-reduce of E numbers, and of 2 E more with a
+      balance loss;
+    - for the model axis, all-reduces of `T D` numbers where products come back to D,
+      forward, and where they leave it, backward; of a mixture three;
+    - for embeddings, an all-gather of ids and two all-to-alls of `T D` numbers, where
+      the table's features are stored over axes of the batch.
+
+    Rows are those of an even load. A few scalars, and ids over the model axis,
+    are left out. Memory is what the parts of weights, summed gradients and the
+    optimizer take, the weights as gathered, the activations above for T tokens and
+    a device's part of heads, vocabulary and hidden features, and the buffers of one
+    mixture's rows. Experts whose rows travel in rounds keep no hidden features: they
+    are computed anew, once more forward. `device.step_seconds` bounds the time.
+
     Args:
         preset: what to plan for: the name of a preset, a folder with a
             `config.json`, a `MoEBackbone` or `MoESeq2SeqBackbone`, a task over one,
@@ -224,7 +268,15 @@ def plan(
             weights in any case.
         optimizer: `"sgd"`, `"sgd_momentum"`, `"adam"`, `"adamw"`, `"lion"` or
             `"adafactor"`, with the variables that Keras's has.
-        mesh: None: one device.
+        mesh: None, or a `keras.distribution.DeviceMesh`, a
+            `keras_moe.distribution.ExpertParallel`, or, for devices that are not
+            there, a dict of the sizes of axes, such as
+            `{"batch": 4, "expert": 64, "model": 8}`, the innermost last. The batch
+            is that of all devices.
+        platform: `"gpu"`, `"tpu"` or `"cpu"`: what XLA compiles for. On the CPU it
+            has no ragged all-to-all, so that whole buffers travel, makes no
+            reduce-scatter of an all-reduce of which each device keeps a part, and
+            sums gradients of several products over the model axis one by one.
 
     Returns:
         A `Plan`.
@@ -232,7 +284,8 @@ def plan(
     Raises:
         ValueError: for an unknown preset, dtype or optimizer, sizes below 1, a
             sequence longer than the context, settings that do not fit together or
-            whose weights are not known here, and a mesh.
+            whose weights are not known here, and a mesh whose axes are unknown or do
+            not divide the batch, the experts, their hidden features or the heads.
         FileNotFoundError: for a folder without `config.json`.
 
     Example:
@@ -242,13 +295,13 @@ def plan(
     plan.total_parameters  # 46702792704
     plan.serving_bytes / 2**30  # GiB
     print(plan)
+
+    plan = keras_moe.plan("mixtral_8x7b", 64, 4096, mesh={"batch": 4, "expert": 8})
+    plan.device.training_bytes  # of each of the 32 devices
+    plan.device.sent_by("kind")  # {"all_to_all": ..., ...}
+    plan.device.step_seconds(flops_per_second=989e12, bytes_per_second=450e9)
     ```
     """
-    if mesh is not None:
-        raise ValueError(
-            "`mesh` must be None: plans for several devices are not implemented yet. "
-            f"Received: mesh={mesh!r}"
-        )
     name, stacks = _read(preset)
     checks.at_least("batch_size", batch_size, 1)
     sequence_length = _sequence_length(sequence_length, stacks[0]["context_length"])
@@ -276,6 +329,25 @@ def plan(
     activation_bytes = tokens * _activations(stacks, value_size)
     if weight_size != value_size:
         activation_bytes += _copied(stacks, weights) * value_size
+    flops_per_token = _flops(stacks, weights, sequence_length)
+    device = None
+    if mesh is not None:
+        device = device_plan(
+            mesh,
+            stacks,
+            weights,
+            batch_size,
+            sequence_length,
+            sizes=_DTYPES[dtype],
+            slots=_SLOTS[optimizer],
+            factors=_factors if optimizer == "adafactor" else lambda weight: 0,
+            kept=lambda stacks: (
+                _activations(stacks, value_size)
+                + _scores(stacks, sequence_length) * _FLOAT32
+            ),
+            flops_per_token=flops_per_token,
+            platform=platform,
+        )
     return Plan(
         name=name,
         batch_size=batch_size,
@@ -285,13 +357,14 @@ def plan(
         parts=parts,
         total_parameters=sum(part.total for part in parts),
         active_parameters=sum(part.active for part in parts),
-        flops_per_token=_flops(stacks, weights, sequence_length),
+        flops_per_token=flops_per_token,
         weight_bytes=weight_bytes(lambda w: w.size),
         gradient_bytes=gradient_bytes,
         optimizer_bytes=optimizer_bytes,
         cache_bytes=tokens * _cached(stacks[-1]) * value_size,
         activation_bytes=activation_bytes + score_bytes,
         score_bytes=score_bytes,
+        device=device,
     )
 
 
@@ -410,6 +483,7 @@ class _Weight(NamedTuple):
 
     Attributes:
         part: str, the part of the model it belongs to.
+        path: str, how its path in the model ends.
         shape: tuple of int.
         count: int.
         used: pair of int: a token uses so many of so many equal parts.
@@ -419,6 +493,7 @@ class _Weight(NamedTuple):
     """
 
     part: str
+    path: str
     shape: tuple
     count: int
     used: tuple = (1, 1)
@@ -443,11 +518,13 @@ def _weights(stacks):
     s = stacks[0]
     D, V = s["hidden_dim"], s["vocabulary_size"]
     tied = s["tied_embeddings"]
-    yield _Weight("embeddings", (V, D), 1, multiplied=tied)  # tied: logits, too
+    tokens, part = "token_embedding/embeddings", "embeddings"
+    yield _Weight(part, tokens, (V, D), 1, multiplied=tied)  # tied: logits, too
     if not tied:
-        yield _Weight("embeddings", (D, V), 1, multiplied=True)
+        reverse = "token_embedding/reverse_embeddings"
+        yield _Weight(part, reverse, (D, V), 1, multiplied=True)
     if not s["shared_embeddings"]:
-        yield _Weight("embeddings", (V, D), 1)
+        yield _Weight(part, "decoder_embedding/embeddings", (V, D), 1)
     for s in stacks:
         yield from _stack(s)
 
@@ -457,18 +534,21 @@ def _stack(s):
     if s["attention"] == "latent":
         yield from _latent_attention(s)
     else:
-        yield from _heads(s)
+        yield from _heads(s, "attention")
     if s["cross_attention"]:
-        yield from _heads(s)
+        yield from _heads(s, "cross_attention")
     if s["positions"] == "relative_bias":
         tables = 1 if s["shares_bias"] else s["num_layers"]
         table = s["relative_buckets"], s["num_query_heads"]
-        yield _Weight("attention", table, tables)
+        yield _Weight("attention", "relative_bias/embeddings", table, tables)
     norms = _sublayers(s) * (2 if s["output_norms"] else 1) + 1
-    yield _Weight("norms", (D,), norms * _NORM_VECTORS[s["norm"]])
+    for name in ("scale", "bias")[: _NORM_VECTORS[s["norm"]]]:
+        yield _Weight("norms", f"norm/{name}", (D,), norms)
     if _dense_blocks(s):
         width, gated = s["dense_dim"], architecture.dense_gated(s)
-        yield from _feed_forward("dense", D, width, gated, _dense_blocks(s))
+        yield from _feed_forward(
+            "dense", "feed_forward", D, width, gated, _dense_blocks(s)
+        )
     if _mixtures(s):
         yield from _mixture(s)
 
@@ -479,80 +559,87 @@ def _sublayers(s):
     return attentions * s["num_layers"] + _mixtures(s) + _dense_blocks(s)
 
 
-def _heads(s):
+def _heads(s, name):
     """Of grouped-query attention, to itself or to a source."""
     D, H, G, d = _attention_sizes(s)
-    add, product = _adder("attention", s["num_layers"])
-    yield product(D, H, d)
-    yield product(D, G, d)
-    yield product(D, G, d)
-    yield product(H, d, D)
+    add, product = _adder("attention", name, s["num_layers"])
+    yield product("query/kernel", D, H, d)
+    yield product("key/kernel", D, G, d)
+    yield product("value/kernel", D, G, d)
+    yield product("output_dense/kernel", H, d, D)
     if s["attention_bias"] is not None:
-        yield add(H, d)
-        yield add(G, d)
-        yield add(G, d)
+        yield add("query/bias", H, d)
+        yield add("key/bias", G, d)
+        yield add("value/bias", G, d)
     if s["attention_bias"] == "all":
-        yield add(D)
+        yield add("output_dense/bias", D)
     if s["query_key_norm"] == "head":
-        yield add(d)
-        yield add(d)
+        yield add("query_norm/scale", d)
+        yield add("key_norm/scale", d)
     elif s["query_key_norm"] == "full":
-        yield add(H, d)
-        yield add(G, d)
+        yield add("query_norm/scale", H, d)
+        yield add("key_norm/scale", G, d)
 
 
 def _latent_attention(s):
     D, H, Q, R, n, r, v = _latent_sizes(s)
-    add, product = _adder("attention", s["num_layers"])
+    add, product = _adder("attention", "attention", s["num_layers"])
     biased = s["attention_bias"] is not None
     if s["query_rank"] is None:
-        yield product(D, H, n + r)
+        yield product("query/kernel", D, H, n + r)
     else:
-        yield product(D, Q)
+        yield product("query_down/kernel", D, Q)
         if biased:
-            yield add(Q)
-        yield add(Q)  # a norm
-        yield product(Q, H, n + r)
-    yield product(D, R + r)
+            yield add("query_down/bias", Q)
+        yield add("query_down_norm/scale", Q)
+        yield product("query_up/kernel", Q, H, n + r)
+    yield product("key_value_down/kernel", D, R + r)
     if biased:
-        yield add(R + r)
-    yield add(R)  # a norm
-    yield product(R, H, n + v)
-    yield product(H, v, D)
+        yield add("key_value_down/bias", R + r)
+    yield add("key_value_down_norm/scale", R)
+    yield product("key_value_up/kernel", R, H, n + v)
+    yield product("output_dense/kernel", H, v, D)
     if s["attention_bias"] == "all":
-        yield add(D)
+        yield add("output_dense/bias", D)
 
 
-def _feed_forward(part, D, F, gated, count):
-    _, product = _adder(part, count)
-    yield product(D, F)
+def _feed_forward(part, name, D, F, gated, count):
+    _, product = _adder(part, name, count)
     if gated:
-        yield product(D, F)
-    yield product(F, D)
+        yield product("gate/kernel", D, F)
+    yield product("up/kernel", D, F)
+    yield product("down/kernel", F, D)
 
 
 def _mixture(s):
     D, E, F, count = s["hidden_dim"], s["num_experts"], s["expert_dim"], _mixtures(s)
     chosen = (s["top_k"], E)
-    yield _Weight("routers", (D, E), count, multiplied=True, float32=True)
+    router = functools.partial(_Weight, "routers", count=count, float32=True)
+    yield router("router/kernel", (D, E), multiplied=True)
     if s["selection_bias"]:
-        yield _Weight("routers", (E,), count, float32=True, trainable=False)
-    for shape in [(E, D, F)] * (2 if s["expert_gated"] else 1) + [(E, F, D)]:
-        yield _Weight("experts", shape, count, used=chosen, multiplied=True)
+        yield router("router/selection_bias", (E,), trainable=False)
+    kernels = [("up", D, F), ("down", F, D)]
+    for name, rows, columns in [("gate", D, F)] * s["expert_gated"] + kernels:
+        path, shape = f"mixture/experts/{name}_kernel", (E, rows, columns)
+        yield _Weight("experts", path, shape, count, used=chosen, multiplied=True)
     width = architecture.shared_dim(s)
     if width:
         gated = s["expert_gated"]
-        yield from _feed_forward("shared experts", D, width, gated, count)
+        yield from _feed_forward(
+            "shared experts", "shared_experts", D, width, gated, count
+        )
         if s["shared_expert_gate"]:
-            yield _Weight("shared experts", (D, 1), count, multiplied=True)
+            path = "shared_expert_gate/kernel"
+            yield _Weight("shared experts", path, (D, 1), count, multiplied=True)
 
 
-def _adder(part, count):
-    """Two functions that make a `_Weight` of a shape: a vector's and a matrix's."""
-    return (
-        lambda *shape: _Weight(part, shape, count),
-        lambda *shape: _Weight(part, shape, count, multiplied=True),
-    )
+def _adder(part, name, count):
+    """Two functions that make a `_Weight` of a path: a vector's and a matrix's."""
+
+    def add(path, *shape, **kwargs):
+        return _Weight(part, f"{name}/{path}", shape, count, **kwargs)
+
+    return add, functools.partial(add, multiplied=True)
 
 
 def _attention_sizes(s):
@@ -689,23 +776,3 @@ def _copied(stacks, weights):
 def _hidden(width, gated):
     """Gate, up, activated gate and their product; or up and activated."""
     return (4 if gated else 2) * width
-
-
-# --- Text ---
-
-
-def count_text(number):
-    """A large number in four digits: `"46.70 B"` for billions."""
-    for unit, name in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if number >= unit:
-            return f"{number / unit:.4g} {name}"
-    return str(number)
-
-
-def _bytes_text(number):
-    if number is None:
-        return ""
-    for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-        if number >= unit:
-            return f"{number / unit:.4g} {name}"
-    return f"{number / 2**10:.4g} KiB"
