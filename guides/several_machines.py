@@ -60,13 +60,11 @@ import subprocess
 import sys
 import tempfile
 
-DEVICES = 4
-PROCESSES = 2
-
-# Devices out of a CPU, to be said before JAX starts. Accelerators are not touched by it.
-here = DEVICES // int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES", 1))
+# Devices out of a CPU, to be said before JAX starts: four, or of two processes two each.
+# Accelerators are not touched by it.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={here}"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="
+    + str(4 // int(os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES", 1)))
 )
 
 import keras
@@ -75,6 +73,7 @@ import numpy as np
 import keras_moe
 
 FAST = "--fast" in sys.argv
+PROCESSES = 2
 BATCH = 16  # of all processes together
 EPOCHS = 2 if FAST else 6
 SETTINGS = {
@@ -139,10 +138,10 @@ def make_data(process_id, processes):
 
 `OrbaxCheckpoint` has all processes write what they hold, while training goes on. A
 checkpoint that was not finished does not count. `load_weights` sets the weights, the
-state of the optimizer and of random seeds; the number of steps says which epoch is next.
-So one script starts and goes on, and may be started again whenever it was ended. Make
-the callback first, in which processes wait for each other: one that looks for the folder
-may find what another has just made.
+state of the optimizer and of random seeds; the number of steps says which epoch is
+next. So one script starts and goes on, and may be started again whenever it was ended.
+Make the callback first, in which processes wait for each other: one that looks for the
+folder may find what another has just made.
 
 When a process dies, those that wait for it end with an error that names it ("heartbeat
 timeout"): JAX looks for dead processes for up to a hundred seconds. Start all of them

@@ -56,6 +56,15 @@ def test_plan_with_options(capsys):
     assert json.loads(out) == expected.to_dict()
 
 
+def test_plan_for_a_mesh(capsys):
+    arguments = ["plan", "mixtral_8x7b", "--batch-size", "32"]
+    arguments += ["--mesh", "batch=4,expert=8", "--platform", "tpu"]
+    mesh = {"batch": 4, "expert": 8}
+    expected = keras_moe.plan("mixtral_8x7b", 32, mesh=mesh, platform="tpu")
+    assert printed(capsys, *arguments) == f"{expected}\n"
+    assert json.loads(printed(capsys, *arguments, "--json")) == expected.to_dict()
+
+
 def test_plan_of_a_folder(capsys):
     folder = ROOT / "presets" / "mixtral_tiny_en"
     assert printed(capsys, "plan", str(folder)).startswith(f"{folder}: 1 sequence of")
@@ -106,6 +115,12 @@ def test_list_as_json(capsys):
         (
             ["plan", "mixtral_8x70b"],
             ["keras-moe plan: error: `preset` must be one of", "'mixtral_8x70b'"],
+        ),
+        (["plan", "mixtral_8x7b", "--mesh", "8"], ["--mesh", "batch=4", "'8'"]),
+        (["plan", "mixtral_8x7b", "--mesh", "expert=2,expert=4"], ["--mesh"]),
+        (
+            ["plan", "mixtral_8x7b", "--mesh", "expert=3", "--batch-size", "3"],
+            ["keras-moe plan: error:", "'expert'", "3 devices", "Received: 8"],
         ),
         (["plan", "."], ["keras-moe plan: error: `preset` must hold `config.json`"]),
         (

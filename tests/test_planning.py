@@ -497,7 +497,7 @@ def test_a_plan_is_frozen():
             {"optimizer": "adamx"},
             ["`optimizer` must be one of", "'lion'", "optimizer='adamx'"],
         ),
-        ({"mesh": (2, 4)}, ["`mesh` must be None", "not implemented", "mesh=(2, 4)"]),
+        ({"mesh": (2, 4)}, ["`mesh` must be a", "DeviceMesh", "mesh=(2, 4)"]),
     ],
     ids=str,
 )

@@ -245,7 +245,9 @@ def exchange(spread, s, tokens, sequence_length, platform):
     if size == 1:
         return None
     group, experts, chosen = s["capacity_group"], s["num_experts"], s["top_k"]
-    together = {"batch": 1, "sequence": sequence_length}.get(group, group)
+    together = 1
+    if s["dispatch"] == "capacity" and group != "batch":
+        together = sequence_length if group == "sequence" else group
     shards = spread.count(spread.batch_axes)
     # Padded, so that a device holds whole groups.
     tokens = -(-tokens // (shards * together)) * together
