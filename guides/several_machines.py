@@ -60,7 +60,7 @@ import subprocess
 import sys
 import tempfile
 
-# Devices out of a CPU, to be said before JAX starts: four, or of two processes two each.
+# Devices out of a CPU, to be said before JAX starts: four, or two of each process.
 # Accelerators are not touched by it.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count="

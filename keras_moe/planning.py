@@ -244,8 +244,9 @@ def plan(
       balance loss;
     - for the model axis, all-reduces of `T D` numbers where products come back to D,
       forward, and where they leave it, backward; of a mixture three;
-    - for embeddings, an all-gather of ids and two all-to-alls of `T D` numbers, where
-      the table's features are stored over axes of the batch.
+    - for embeddings whose features are stored over axes of the batch, an all-gather of
+      ids and two all-to-alls of `T D` numbers, or, where `V < T`, of the table, and
+      its gradient as for weights.
 
     Rows are those of an even load. A few scalars, and ids over the model axis,
     are left out. Memory is what the parts of weights, summed gradients and the

@@ -141,7 +141,10 @@ class DevicePlan:
         """All figures as a dict that JSON can hold, by name."""
         return {
             **dataclasses.asdict(self),
-            "transfers": [transfer._asdict() for transfer in self.transfers],
+            "transfers": [
+                {**transfer._asdict(), "axes": list(transfer.axes)}
+                for transfer in self.transfers
+            ],
             "training_bytes": self.training_bytes,
             "sent_bytes": self.sent_bytes,
         }

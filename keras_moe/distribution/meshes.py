@@ -60,15 +60,37 @@ def for_preset(
 
     devices = _devices(devices)
     checks.at_least("model_parallel", model_parallel, 1)
-    stacks = stacks_of(preset)
+    sizes, reason = choose_sizes(
+        stacks_of(preset), len(devices), expert_parallel, model_parallel
+    )
+    mesh = keras.distribution.DeviceMesh(tuple(sizes.values()), [*sizes], devices)
+    return ExpertParallel(
+        layout_map=layout_map(mesh),
+        reason=reason,
+        auto_shard_dataset=auto_shard_dataset,
+    )
+
+
+def choose_sizes(stacks, devices, expert_parallel=None, model_parallel=1):
+    """The axes that `for_preset` gives a mesh, and why.
+
+    Args:
+        stacks: the settings of each stack of blocks.
+        devices: int.
+        expert_parallel: as for `for_preset`.
+        model_parallel: as for `for_preset`.
+
+    Returns:
+        `(sizes, reason)`: a dict of the axes' names to their sizes, and a str.
+    """
     experts = math.gcd(*(stack["num_experts"] for stack in stacks))
-    _check_divides("model_parallel", model_parallel, len(devices), "devices")
+    _check_divides("model_parallel", model_parallel, devices, "devices")
     for stack in stacks:
         for name in ("num_query_heads", "num_key_value_heads", "expert_dim"):
             if stack.get(name):
                 _check_divides("model_parallel", model_parallel, stack[name], name)
-    rest = len(devices) // model_parallel
-    reason = f"{len(devices)} devices"
+    rest = devices // model_parallel
+    reason = f"{devices} devices"
     if model_parallel > 1:
         reason += f", {model_parallel} of them for the model axis, as asked for"
     if expert_parallel is None:
@@ -86,12 +108,7 @@ def for_preset(
     reason += f"; {batch} for the batch axis, what remains"
     sizes = {"batch": batch, "expert": expert_parallel, "model": model_parallel}
     sizes = {name: n for name, n in sizes.items() if n > 1 or name == "expert"}
-    mesh = keras.distribution.DeviceMesh(tuple(sizes.values()), [*sizes], devices)
-    return ExpertParallel(
-        layout_map=layout_map(mesh),
-        reason=reason,
-        auto_shard_dataset=auto_shard_dataset,
-    )
+    return sizes, reason
 
 
 def _devices(devices):

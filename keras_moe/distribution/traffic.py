@@ -373,20 +373,26 @@ def _add_gradient(log, step, shard, axes, gathered):
 
 
 def _add_embeddings(log, step, shards):
-    """A lookup leaves a table's features where they are stored, and ids travel.
+    """What a lookup sends: the table, or ids and what was found, whatever is less.
 
-    Each device looks up the tokens of all, in its features and its part of the
-    vocabulary. The parts of the vocabulary are summed; features go back to their
+    A table of fewer rows than a device has tokens is gathered. Of a larger one ids
+    travel, and each device looks up the tokens of all, in its features and its part of
+    the vocabulary. The parts of the vocabulary are summed; features go back to their
     tokens by all-to-all, and their gradients the other way.
     """
     tables = [s for s in shards if s.weight.path.endswith("embedding/embeddings")]
     for index in range(len(step.stacks)):
         table = tables[min(index, len(tables) - 1)]
         axes = table.storage_axes
+        vocabulary, _ = step.spread.axes_of(table.weight)
+        table_size = table.gathered * step.value_size
+        if table.weight.shape[0] < step.tokens and not step.spread.ordered(vocabulary):
+            log.add("all_gather", "embeddings", axes, table_size)
+            _add_gradient(log, step, table, set(step.spread.batch_axes), table_size)
+            continue
         together = step.tokens * step.spread.count(axes)
         log.add("all_gather", "embeddings", axes, together * _INT32)
         log.add("all_to_all", "embeddings", axes, 2 * step.hidden_size)
-        vocabulary, _ = step.spread.axes_of(table.weight)
         log.add("all_reduce", "embeddings", vocabulary, step.hidden_size)
         # Gradients for more tokens than there are rows are added up by each device of
         # the model axis for a part of the tokens; for fewer, for its rows.

@@ -24,7 +24,7 @@ from keras_moe.models import (
 
 LENGTH = 16
 SETTINGS = {
-    "vocabulary_size": 40,
+    "vocabulary_size": 96,
     "num_layers": 2,
     "hidden_dim": 32,
     "num_query_heads": 4,
@@ -52,7 +52,7 @@ LATENT = {
     "query_rank": 24,
 }
 SEQ2SEQ = {
-    "vocabulary_size": 40,
+    "vocabulary_size": 96,
     "encoder_layers": 2,
     "decoder_layers": 2,
     "hidden_dim": 32,
@@ -220,7 +220,7 @@ def test_the_rows_of_a_mixture(sizes, dispatch):
 @pytest.mark.parametrize(
     "sizes,overrides",
     [
-        ({"batch": 2}, {}),
+        ({"batch": 2}, {"vocabulary_size": 40}),
         ({"expert": 4}, {}),
         ({"expert": 8}, {"tied_embeddings": True}),
         ({"batch": 2, "expert": 4}, {"recompute": True}),
