@@ -10,6 +10,7 @@ collect_ignore = (
     else [
         "test_compiled_traffic.py",
         "test_expert_parallel.py",
+        "test_loading.py",
         "test_processes.py",
     ]
 )

@@ -15,7 +15,7 @@ from keras import ops
 from keras_moe.distribution import for_preset
 from keras_moe.ops import sum_over_replicas
 from tests.execution import differentiated, numpy
-from tests.models.small_models import padded, small_causal_lm
+from tests.models.small_models import SETTINGS, padded, small_causal_lm
 
 LOSSES = {"balance_loss": 0.5, "z_loss": 0.1}
 BALANCED = {"selection_bias": True, "bias_update_rate": 0.05, "scores": "sigmoid"}
@@ -107,7 +107,8 @@ def on_two(cases):
 def _jax(cases):
     trained = []
     for case in cases:
-        keras.distribution.set_distribution(for_preset(CASES[case], devices=2))
+        settings = {**SETTINGS, **CASES[case]}
+        keras.distribution.set_distribution(for_preset(settings, devices=2))
         model = make(case)
         trained.append((fit(model), [state(model)]))
     keras.distribution.set_distribution(None)
