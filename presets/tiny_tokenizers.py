@@ -5,8 +5,21 @@ import io
 import sentencepiece
 import tokenizers
 
+# As T5's vocabulary: words bring the space before them along, also the first one
+# and one after a sentinel, and white space of any kind and length is one space.
+T5 = {
+    "pad_id": 0,
+    "eos_id": 1,
+    "unk_id": 2,
+    "bos_id": -1,
+    "normalization_rule_name": "nmt_nfkc",
+    "add_dummy_prefix": True,
+    "remove_extra_whitespaces": True,
+    "allow_whitespace_only_pieces": False,
+}
 
-def train_sentencepiece(texts, vocabulary_size=1024):
+
+def train_sentencepiece(texts, vocabulary_size=1024, **options):
     """Train a SentencePiece byte-pair model that loses nothing of a text.
 
     Bytes are the fallback for characters outside the vocabulary, and neither spaces
@@ -17,6 +30,7 @@ def train_sentencepiece(texts, vocabulary_size=1024):
     Args:
         texts: iterable of str.
         vocabulary_size: int. Number of tokens, bytes and special tokens included.
+        **options: of SentencePiece's trainer, in place of those above, such as `T5`.
 
     Returns:
         bytes. The SentencePiece model ("proto").
@@ -24,26 +38,29 @@ def train_sentencepiece(texts, vocabulary_size=1024):
     # The trainer reads one sentence at a time, drops long ones and takes no newline.
     paragraphs = (line for text in texts for line in text.splitlines() if line)
     model = io.BytesIO()
+    settings = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "character_coverage": 0.9995,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": False,
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "max_sentence_length": 1 << 16,
+        "num_threads": 1,
+        "shuffle_input_sentence": False,
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=paragraphs,
         model_writer=model,
-        model_type="bpe",
         vocab_size=vocabulary_size,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        max_sentence_length=1 << 16,
-        num_threads=1,
-        shuffle_input_sentence=False,
-        minloglevel=2,
+        **{**settings, **options},
     )
     return model.getvalue()
 

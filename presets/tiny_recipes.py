@@ -1,0 +1,125 @@
+"""The recipes of the small presets: what each model is, and how long it trains."""
+
+VOCABULARY = 1024  # tokens that a tokenizer learns; sentinels come on top
+
+_COMMON = {
+    "hidden_dim": 128,
+    "num_query_heads": 4,
+    "context_length": 256,
+    "balance_loss": 0.01,
+}
+_DECODER = {**_COMMON, "vocabulary_size": VOCABULARY, "num_layers": 4}
+
+RECIPES = {
+    "mixtral_tiny_en": {
+        "family": "mixtral",
+        "paper": "https://arxiv.org/abs/2401.04088",
+        "about": "Mixtral's block: grouped-query attention with rotary positions, "
+        "RMS norms, eight SwiGLU experts of which a token takes two, gates "
+        "normalised over the two.",
+        "task": "next_token",
+        "tokenizer": "sentencepiece",
+        "epochs": 3,
+        "settings": {
+            **_DECODER,
+            "num_key_value_heads": 2,
+            "rope_theta": 1e6,
+            "num_experts": 8,
+            "top_k": 2,
+            "expert_dim": 112,
+            "norm_epsilon": 1e-5,
+        },
+    },
+    "deepseek_moe_tiny_en": {
+        "family": "deepseek_moe",
+        "paper": "https://arxiv.org/abs/2401.06066",
+        "about": "DeepSeekMoE's block: a dense first layer, then fine-grained experts "
+        "of which a token takes three of sixteen with gates as the softmax gives "
+        "them, and one shared expert that every token takes.",
+        "task": "next_token",
+        "tokenizer": "byte_pair",
+        "epochs": 3,
+        "settings": {
+            **_DECODER,
+            "num_experts": 16,
+            "top_k": 3,
+            "expert_dim": 56,
+            "num_shared_experts": 1,
+            "normalize_gates": False,
+            "dense_first_layers": 1,
+            "dense_dim": 224,
+        },
+    },
+    "glam_tiny_en": {
+        "family": "glam",
+        "paper": "https://arxiv.org/abs/2112.06905",
+        "about": "GLaM's blocks: dense layers with gated GELU and mixtures by turns, "
+        "eight experts of two matrices of which a token takes two, a relative "
+        "position bias in each layer, tied embeddings.",
+        "task": "next_token",
+        "tokenizer": "sentencepiece",
+        "epochs": 4,  # positions are learned, which takes longer
+        "settings": {
+            **_DECODER,
+            "num_experts": 8,
+            "top_k": 2,
+            "expert_dim": 288,
+            "expert_gated": False,
+            "dense_gated": True,
+            "dense_dim": 192,
+            "activation": "gelu",
+            "moe_every": 2,
+            "moe_offset": 1,
+            "positions": "relative_bias",
+            "tied_embeddings": True,
+            "balance_choices": "first",
+        },
+    },
+    "switch_tiny_en": {
+        "family": "switch",
+        "paper": "https://arxiv.org/abs/2101.03961",
+        "about": "Switch's encoder and decoder: dense layers and mixtures by turns, "
+        "eight experts of ReLU of which a token takes one with the gate that the "
+        "softmax gives, limited capacity, a router with jitter, a relative position "
+        "bias a stack, tied embeddings.",
+        "task": "fill_spans",
+        "tokenizer": "sentencepiece",
+        "sentinels": 32,
+        "epochs": 12,
+        "settings": {
+            **_COMMON,
+            "vocabulary_size": VOCABULARY + 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "num_experts": 8,
+            "top_k": 1,
+            "expert_dim": 256,
+            "moe_every": 2,
+            "moe_offset": 1,
+            "dense_dim": 256,
+            "normalize_gates": False,
+            "router_jitter": 0.01,
+            "dispatch": "capacity",
+            "capacity_factor": 1.25,
+            "eval_capacity_factor": 2.0,
+            "capacity_group": 512,
+        },
+    },
+}
+
+
+def dense_twin(settings):
+    """The settings with each mixture replaced by a dense layer of its active width.
+
+    One expert that every token takes with gate 1 is that dense layer.
+    """
+    active = settings["top_k"] + settings.get("num_shared_experts", 0)
+    return {
+        **settings,
+        "num_experts": 1,
+        "top_k": 1,
+        "num_shared_experts": 0,
+        "expert_dim": active * settings["expert_dim"],
+        "normalize_gates": True,
+        "balance_loss": 0.0,
+    }
