@@ -34,8 +34,8 @@ def card(name, recipe, task, figures, seed):
         f"{task.training}, "
         f"{figures['seconds'] / 60:.0f} minutes on two shared cores; the text is under "
         f"the PSF licence and no part of this preset). Keras {figures['keras']}, "
-        f"{figures['backend']} backend, AdamW, {BATCH} sequences of {LENGTH} tokens a "
-        f"step, seed {seed}.",
+        f"{figures['backend']} backend, {recipe['optimizer']}, {BATCH} sequences of "
+        f"{LENGTH} tokens a step, seed {seed}.",
         88,
     )
     tokens = f"{VOCABULARY} tokens"

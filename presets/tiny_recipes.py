@@ -18,6 +18,7 @@ RECIPES = {
         "RMS norms, eight SwiGLU experts of which a token takes two, gates "
         "normalised over the two.",
         "task": "next_token",
+        "optimizer": "AdamW",
         "tokenizer": "sentencepiece",
         "epochs": 3,
         "settings": {
@@ -37,6 +38,7 @@ RECIPES = {
         "of which a token takes three of sixteen with gates as the softmax gives "
         "them, and one shared expert that every token takes.",
         "task": "next_token",
+        "optimizer": "AdamW",
         "tokenizer": "byte_pair",
         "epochs": 3,
         "settings": {
@@ -57,6 +59,7 @@ RECIPES = {
         "eight experts of two matrices of which a token takes two, a relative "
         "position bias in each layer, tied embeddings.",
         "task": "next_token",
+        "optimizer": "AdamW",
         "tokenizer": "sentencepiece",
         "epochs": 4,  # positions are learned, which takes longer
         "settings": {
@@ -83,9 +86,10 @@ RECIPES = {
         "softmax gives, limited capacity, a router with jitter, a relative position "
         "bias a stack, tied embeddings.",
         "task": "fill_spans",
+        "optimizer": "Adafactor",  # Switch's
         "tokenizer": "sentencepiece",
         "sentinels": 32,
-        "epochs": 12,
+        "epochs": 10,
         "settings": {
             **_COMMON,
             "vocabulary_size": VOCABULARY + 32,

@@ -28,8 +28,6 @@ from keras_moe.models import MoETokenizer
 from keras_moe.sample_text import sample_text
 
 ROOT = pathlib.Path(__file__).parent
-
-LEARNING_RATE = 3e-3
 SEED = 2024
 
 
@@ -46,25 +44,34 @@ def make_tokenizer(kind, sentinels):
     return MoETokenizer(proto=proto, start_token=None, extra_ids=sentinels)
 
 
-def train(task, settings, epochs):
+def adamw(steps):
+    schedule = keras.optimizers.schedules.CosineDecay(
+        3e-3 / 20,
+        steps - steps // 20,
+        alpha=0.05,
+        warmup_target=3e-3,
+        warmup_steps=steps // 20,
+    )
+    return keras.optimizers.AdamW(
+        schedule, weight_decay=0.1, beta_2=0.95, global_clipnorm=1.0
+    )
+
+
+def adafactor(steps):
+    # Rates are relative to the weights' size, and at most `1 / sqrt(step)`: Shazeer
+    # and Stern 2018, algorithm 4. T5's embeddings are far larger than its kernels.
+    schedule = keras.optimizers.schedules.CosineDecay(0.06, steps, alpha=0.05)
+    return keras.optimizers.Adafactor(schedule)
+
+
+OPTIMIZERS = {"AdamW": adamw, "Adafactor": adafactor}
+
+
+def train(task, settings, optimizer, epochs):
     """Trains from a fixed seed; returns the model and its validation loss in nats."""
     model = task.model(settings)
-    steps = epochs * task.steps_per_epoch
-    model.compile(
-        optimizer=keras.optimizers.AdamW(
-            keras.optimizers.schedules.CosineDecay(
-                LEARNING_RATE / 20,
-                steps - steps // 20,
-                alpha=0.05,
-                warmup_target=LEARNING_RATE,
-                warmup_steps=steps // 20,
-            ),
-            weight_decay=0.1,
-            beta_2=0.95,
-            global_clipnorm=1.0,
-        ),
-        sampler="greedy",
-    )
+    optimizer = OPTIMIZERS[optimizer](epochs * task.steps_per_epoch)
+    model.compile(optimizer=optimizer, sampler="greedy")
     model.fit(**task.fit_data(), epochs=epochs, verbose=2)
     return model, task.loss(model)
 
@@ -84,9 +91,9 @@ def make(name, output, epochs=None):
     tokenizer = make_tokenizer(recipe["tokenizer"], recipe.get("sentinels", 0))
     task = TASKS[recipe["task"]](tokenizer, settings, SEED)
     started = time.time()
-    model, loss = train(task, settings, epochs)
+    model, loss = train(task, settings, recipe["optimizer"], epochs)
     seconds = time.time() - started
-    twin, twin_loss = train(task, dense_twin(settings), epochs)
+    twin, twin_loss = train(task, dense_twin(settings), recipe["optimizer"], epochs)
     baseline_loss = task.baseline_loss()
     figures = {
         "loss": loss,
