@@ -1,36 +1,17 @@
 """A decoder in float64 NumPy that reads a preset's files itself.
 
-Written from the papers' equations, one token and one expert at a time, and from
-the layout of the weights file; nothing of `keras_moe` or Keras takes part. What a
-backend computes is compared with it, so that the backends agree with each other
-and a released weights file keeps its meaning.
+One token and one expert at a time; see `numpy_model`.
 """
 
-import json
 import math
-import pathlib
 
-import h5py
 import numpy as np
 
+from tests.models.numpy_model import NumpyModel, log_bucket, softmax
 
-class NumpyDecoder:
-    """The language model in a preset's folder.
 
-    Args:
-        folder: path of a folder with `config.json` and `model.weights.h5`.
-    """
-
-    def __init__(self, folder):
-        folder = pathlib.Path(folder)
-        self.settings = json.loads((folder / "config.json").read_text())["config"]
-        self.weights = {}
-        with h5py.File(folder / "model.weights.h5") as file:
-            file.visititems(self._keep)
-
-    def _keep(self, name, item):
-        if isinstance(item, h5py.Dataset):
-            self.weights[name] = item[()].astype("float64")
+class NumpyDecoder(NumpyModel):
+    """The language model in a preset's folder; arguments as for `NumpyModel`."""
 
     def logits(self, token_ids):
         """Logits `[S, V]` of one sequence of token ids `[S]`."""
@@ -53,11 +34,6 @@ class NumpyDecoder:
             token_ids.append(int(np.argmax(self.logits(token_ids)[-1])))
         return token_ids
 
-    def _norm(self, x, name):
-        mean_square = (x**2).mean(-1, keepdims=True)
-        scale = self.weights[f"{name}/vars/0"]
-        return x / np.sqrt(mean_square + self.settings["norm_epsilon"]) * scale
-
     def _attention(self, x, prefix):
         def project(name):
             kernel = self.weights[f"{prefix}/attention/{name}/vars/0"]
@@ -74,7 +50,7 @@ class NumpyDecoder:
             if self.settings["positions"] == "relative_bias":
                 scores = scores + self._bias(len(x), prefix)[head]
             scores = np.where(np.tri(len(x)) > 0, scores, -np.inf)
-            total += _softmax(scores) @ value[head // group] @ output[head]
+            total += softmax(scores) @ value[head // group] @ output[head]
         return total
 
     def _rotate(self, x):
@@ -94,15 +70,11 @@ class NumpyDecoder:
     def _bias(self, length, prefix):
         table = self.weights[f"{prefix}/attention/relative_bias/vars/0"]
         buckets = self.settings["relative_buckets"]
-        exact = buckets // 2
+        max_distance = self.settings["relative_max_distance"]
         bias = np.zeros((table.shape[1], length, length))
         for i in range(length):
             for j in range(i + 1):
-                bucket = i - j
-                if bucket >= exact:
-                    reach = self.settings["relative_max_distance"] / exact
-                    share = math.log(bucket / exact) / math.log(reach)
-                    bucket = min(exact + int(share * (buckets - exact)), buckets - 1)
+                bucket = log_bucket(i - j, buckets // 2, buckets, max_distance)
                 bias[:, i, j] = table[bucket]
         return bias
 
@@ -119,44 +91,13 @@ class NumpyDecoder:
         gated = self.settings["dense_gated"]
         return self.settings["expert_gated"] if gated is None else gated
 
-    def _dense(self, x, name, gated):
-        def kernel(part):
-            return self.weights[f"{name}/{part}/vars/0"]
-
-        hidden = x @ kernel("up")
-        if gated:
-            hidden = self._activate(x @ kernel("gate")) * hidden
-        else:
-            hidden = self._activate(hidden)
-        return hidden @ kernel("down")
-
     def _mixture(self, token, name):
-        scores = _softmax(token @ self.weights[f"{name}/router/vars/0"])
+        scores = softmax(token @ self.weights[f"{name}/router/vars/0"])
         chosen = np.argsort(-scores, kind="stable")[: self.settings["top_k"]]
         gates = scores[chosen]
         if self.settings["normalize_gates"] in (None, True):
             gates = gates / gates.sum()
-        kernels = [
-            self.weights[f"{name}/experts/vars/{i}"]
-            for i in range(3 if self.settings["expert_gated"] else 2)
-        ]
-        output = np.zeros_like(token)
-        for expert, gate in zip(chosen, gates, strict=True):
-            *inner, down = (kernel[expert] for kernel in kernels)
-            if self.settings["expert_gated"]:
-                hidden = self._activate(token @ inner[0]) * (token @ inner[1])
-            else:
-                hidden = self._activate(token @ inner[0])
-            output += gate * (hidden @ down)
-        return output
-
-    def _activate(self, x):
-        if self.settings["activation"] == "silu":
-            return x / (1 + np.exp(-x))
-        assert self.settings["activation"] == "gelu"
-        return x / 2 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-
-
-def _softmax(x):
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
+        return sum(
+            gate * self._expert(token, name, expert)
+            for expert, gate in zip(chosen, gates, strict=True)
+        )
