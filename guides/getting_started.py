@@ -235,6 +235,8 @@ except ValueError as error:
 """
 ## Where to go next
 
+- [encoder_decoder.py](encoder_decoder.py): a model that fills gaps, and turns one text
+  into another.
 - [your_own_model.py](your_own_model.py): the mixture layer in models of your own.
 - [docs/architecture.md](../docs/architecture.md): how it is built inside.
 - `keras_moe.models.MoEBackbone.presets`: what else there is to load.

@@ -7,6 +7,7 @@ from keras_moe.models import (
     MoEBackbone,
     MoECausalLM,
     MoESeq2SeqBackbone,
+    MoESeq2SeqLM,
     presets,
 )
 
@@ -55,9 +56,11 @@ def test_where_weights_are():
 
 def test_packaged_weights_load():
     packaged = [r.name for r in keras_moe.list_presets() if r.weights == "packaged"]
-    assert packaged
-    for name in packaged:
-        assert MoECausalLM.from_preset(name).preprocessor is not None
+    for cls in (MoECausalLM, MoESeq2SeqLM):
+        names = [name for name in packaged if name in cls.presets]
+        assert names
+        for name in names:
+            assert cls.from_preset(name).preprocessor is not None
 
 
 def test_a_record_is_frozen():
