@@ -106,7 +106,8 @@ def show_load(causal_lm):
 `for_preset` looks at a model and at the devices that there are, and makes a
 distribution; its `reason` says why it is as it is. Set it *before* the model is built.
 After that everything is as on one device: `fit`, `evaluate`, `predict` and `generate`
-know nothing of it.
+know nothing of it. The rows of every batch must divide by the devices they lie over,
+those of an epoch's last batch, too; prompts of `generate` need not.
 
 Experts lie over the mesh's axis `"expert"`, the batch over all devices. Each token
 travels to the devices of its experts and back; weights of experts stay where they are,

@@ -15,7 +15,8 @@ _any_batch = False
 def any_batch():
     """Within, a batch that a mesh does not divide lies whole on every device.
 
-    For prompts: to train so would compute everything on every device.
+    For prompts: to train so would compute everything on every device. Not where each
+    process has a part of the batch.
     """
     global _any_batch
     before, _any_batch = _any_batch, True
@@ -88,7 +89,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
         # A process brings its part of the batch.
         parts = max(self.num_model_replicas // self.num_processes, 1)
         if data_shape[0] is not None and data_shape[0] % parts:
-            if _any_batch:
+            if _any_batch and self.num_processes == 1:
                 return Layout([None] * len(data_shape), self.device_mesh)
             raise ValueError(
                 f"The mesh's axes {self.batch_axes} divide a batch over {parts} "

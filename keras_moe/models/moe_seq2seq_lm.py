@@ -8,6 +8,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_moe.distribution.expert_parallel import any_batch
 from keras_moe.models.language_model import (
     LanguageModel,
     check_right_padding,
@@ -185,12 +186,13 @@ class MoESeq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
         if isinstance(inputs, dict):
             inputs = dict(inputs)  # KerasHub changes it
         self._check_generate_inputs(inputs, max_length)
-        return super().generate(
-            inputs,
-            max_length=max_length,
-            stop_token_ids=self._stops(stop_token_ids),
-            **kwargs,
-        )
+        with any_batch():  # of prompts, which KerasHub distributes
+            return super().generate(
+                inputs,
+                max_length=max_length,
+                stop_token_ids=self._stops(stop_token_ids),
+                **kwargs,
+            )
 
     def _check_generate_inputs(self, inputs, max_length):
         context = self.backbone.context_length

@@ -11,6 +11,8 @@ collect_ignore = (
         "test_compiled_traffic.py",
         "test_expert_parallel.py",
         "test_loading.py",
+        "test_meshes.py",
+        "test_models.py",
         "test_processes.py",
     ]
 )
