@@ -35,11 +35,11 @@ export KERAS_DISTRIBUTION_NUM_PROCESSES=2
 KERAS_DISTRIBUTION_PROCESS_ID=0 python train.py
 ```
 
-**Slurm**, a process for each node with all its GPUs; JAX finds address, number and
-place by itself, so that the script says `keras.distribution.initialize()`:
+**Slurm**, a process for each GPU, which is what JAX takes there; it finds address,
+number and place by itself, so that the script says `keras.distribution.initialize()`:
 
 ```shell
-#SBATCH --nodes=4 --ntasks-per-node=1 --gpus-per-node=8 --requeue
+#SBATCH --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 --requeue
 srun env KERAS_BACKEND=jax python train.py
 ```
 
@@ -143,9 +143,10 @@ next. So one script starts and goes on, and may be started again whenever it was
 Make the callback first, in which processes wait for each other: one that looks for the
 folder may find what another has just made.
 
-When a process dies, those that wait for it end with an error that names it ("heartbeat
-timeout"): JAX looks for dead processes for up to a hundred seconds. Start all of them
-again then, as Slurm does for `--requeue`. They need not be as many as before.
+When a process dies, the others end by themselves: at once where a connection breaks as
+they wait ("Connection closed by peer"), or when JAX has not heard of it for up to a
+hundred seconds ("Task 1 heartbeat timeout"). Start all of them again then, as Slurm
+does for `--requeue`. They need not be as many as before.
 """
 
 

@@ -27,6 +27,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from keras_moe.distribution.buffers import rows_a_round
+from keras_moe.models._keras_hub import as_stored, scope_of
 
 
 def spread(layout, layer, tokens, mask, how):
@@ -43,15 +44,18 @@ def spread(layout, layer, tokens, mask, how):
         The outputs, and the statistics summed over all devices, or None.
     """
     count = tokens.shape[0]
-    unit = _tokens_kept_together(layer, how)
+    unit = _tokens_kept_together(layer, how, count)
     tokens, mask = _padded(tokens, mask, layout.num_token_shards * unit)
-    weights, seeds = _router_and_seeds(layer)
+    weights, seeds, seed_axes = _router_and_seeds(layer, layout)
     kernels = tuple(k.value for k in layer.experts.kernels)
 
     def local(tokens, mask, weight_values, seed_values, kernels):
-        own_seeds = [s + _of_device(layout.token_axes) for s in seed_values]
+        own_seeds = [
+            value + _of_device(axes)
+            for value, axes in zip(seed_values, seed_axes, strict=True)
+        ]
         known = zip([*weights, *seeds], [*weight_values, *own_seeds], strict=True)
-        with keras.StatelessScope(state_mapping=[*known]) as scope:
+        with scope_of(known) as scope:
             here = how._replace(shape=(tokens.shape[0] // unit, unit, tokens.shape[1]))
             compute = _computer(layout, layer, here, kernels)
             outputs, statistics = layer.route_and_compute(compute, tokens, mask, here)
@@ -75,19 +79,18 @@ def spread(layout, layer, tokens, mask, how):
         out_specs=(rows, PartitionSpec(), PartitionSpec()),
         # What is checked there gives wrong gradients of permuted replicated values.
         check_vma=False,
-    )(tokens, mask, [w.value for w in weights], [s.value for s in seeds], kernels)
+    )(tokens, mask, as_stored(weights), [s.value for s in seeds], kernels)
     for seed, value in zip(seeds, moved, strict=True):
         seed.assign(value)
     return outputs[:count], statistics
 
 
-def _tokens_kept_together(layer, how):
+def _tokens_kept_together(layer, how, count):
     """Consecutive tokens that one device must hold, a capacity group's."""
     if layer.dispatch == "capacity":
-        if layer.capacity_group == "sequence" or how.per_sequence:
-            return max(how.shape[-2], 1)
-        if layer.capacity_group != "batch":
-            return layer.capacity_group
+        group_size, _ = layer.group_and_capacity(how)
+        if how.per_sequence or layer.capacity_group != "batch":
+            return max(min(group_size, count), 1)
     return 1
 
 
@@ -100,18 +103,27 @@ def _padded(tokens, mask, multiple):
     return jnp.pad(tokens, ((0, missing), (0, 0))), jnp.pad(mask, (0, missing))
 
 
-def _router_and_seeds(layer):
-    """The router's weights, and what the layer draws random numbers from."""
-    variables = [*layer.router.variables, *layer.experts.variables]
+def _router_and_seeds(layer, layout):
+    """The router's weights, random seeds, and the axes over which each seed differs.
+
+    A router draws for the tokens of a device, experts for its part of their features.
+    """
     kernels = {id(kernel) for kernel in layer.experts.kernels}
-    seeds = [v for v in variables if v.dtype == "uint32"]
-    others = [v for v in variables if v.dtype != "uint32" and id(v) not in kernels]
-    return others, seeds
+    hidden = (layout.hidden_axis,) if layout.hidden_axis else ()
+    weights, seeds, seed_axes = [], [], []
+    for part, axes in ((layer.router, ()), (layer.experts, hidden)):
+        for variable in part.variables:
+            if variable.dtype == "uint32":
+                seeds.append(variable)
+                seed_axes.append((*layout.token_axes, *axes))
+            elif id(variable) not in kernels:
+                weights.append(variable)
+    return weights, seeds, seed_axes
 
 
 def _of_device(axes):
     """What is added to a seed, so that each device draws its own numbers."""
-    index = lax.axis_index(axes).astype("uint32")
+    index = lax.axis_index(axes).astype("uint32") if axes else jnp.uint32(0)
     return jnp.stack([index, jnp.zeros_like(index)])
 
 
@@ -130,13 +142,21 @@ def _computer(layout, layer, how, kernels):
             bound = _sent_at_most(layer, layout, how)
         size = layout.num_expert_shards
         exchange = _Exchange(
-            layout.expert_axis, size, *rows_a_round(rows.shape[0], size, bound)
+            layout.expert_axis,
+            size,
+            *rows_a_round(rows.shape[0], size, bound),
+            ragged=_has_ragged(layout.mesh),
         )
         counts = _counts_of_all(exchange, group_sizes)
         run = _one_round if exchange.once else _all_rounds
         return run(experts, exchange, rows, kernels, counts, state)
 
     return compute
+
+
+def _has_ragged(mesh):
+    """Whether XLA has a ragged all-to-all for a mesh's devices."""
+    return mesh.backend_mesh.devices.flat[0].platform != "cpu"
 
 
 def _apply(layer, training, rows, group_sizes, kernels, state):
@@ -159,12 +179,14 @@ class _Exchange(NamedTuple):
         size: int, n.
         rows: int, R.
         once: bool, whether one round suffices for any routing.
+        ragged: bool, whether what is sent is only the rows there are.
     """
 
     axis: str
     size: int
     rows: int
     once: bool
+    ragged: bool
 
 
 def _counts_of_all(exchange, group_sizes):
@@ -218,9 +240,10 @@ def _round(exchange, counts, index, num_rows):
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ship(exchange, rows, sent_sizes, received_sizes):
     """All-to-all: `[n R, D]` by receiver becomes `[n R, D]` by sender."""
-    if jax.default_backend() == "cpu":  # XLA has no ragged one there
+    if not exchange.ragged:
         return lax.all_to_all(rows, exchange.axis, 0, 0, tiled=True)
     places = jnp.arange(exchange.size, dtype="int32") * exchange.rows
     here = jnp.full_like(places, lax.axis_index(exchange.axis) * exchange.rows)
@@ -233,6 +256,20 @@ def _ship(exchange, rows, sent_sizes, received_sizes):
         received_sizes,
         axis_name=exchange.axis,
     )
+
+
+def _ship_forward(exchange, rows, sent_sizes, received_sizes):
+    shipped = _ship(exchange, rows, sent_sizes, received_sizes)
+    return shipped, (sent_sizes, received_sizes)
+
+
+def _ship_backward(exchange, sizes, gradient):
+    # The way back. JAX's own rule for a ragged one has the devices exchange offsets.
+    sent_sizes, received_sizes = sizes
+    return _ship(exchange, gradient, received_sizes, sent_sizes), None, None
+
+
+_ship.defvjp(_ship_forward, _ship_backward)
 
 
 def _send(exchange, at, rows):
@@ -308,4 +345,5 @@ def _rounds(exchange, counts):
 
 
 def _of_round(state, index):
-    return [s + jnp.stack([0, index]).astype(s.dtype) for s in state]
+    # Not in a seed's second word, which counts steps; above what devices add.
+    return [s + jnp.stack([index << 16, 0]).astype(s.dtype) for s in state]

@@ -254,7 +254,9 @@ def _of_model_axis(s, spread, rounds):
     """The settings of what a device of the model axis computes."""
     m = spread.sizes.get("model", 1)
     shared = architecture.shared_dim(s)
-    local = dict(s, vocabulary_size=-(-s["vocabulary_size"] // m))
+    local = dict(s)
+    if s["vocabulary_size"] % m == 0:  # else it lies whole
+        local["vocabulary_size"] //= m
     for name in ("num_query_heads", "num_key_value_heads", "dense_dim", "expert_dim"):
         if local[name]:
             local[name] //= m
@@ -279,7 +281,7 @@ def _gathered(shards, recompute, sizes):
             continue
         if not shard.storage_axes and weight_size == value_size:
             continue
-        size = weight_size if weight.part == "experts" else value_size
+        size = value_size
         count = 1 if recompute else weight.count
         total += shard.gathered * count * size
     return total

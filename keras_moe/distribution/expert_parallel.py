@@ -38,7 +38,8 @@ class ExpertParallel(keras.distribution.ModelParallel):
             `get_layout_map`. Where axes that spread what is stored alone do not divide
             a weight, it stays whole there.
         batch_axes: str or tuple of str: the axes of the mesh over which the batch
-            lies. None stands for all but `"model"`.
+            lies, none for a batch that is whole on every device. None stands for all
+            but the model axis.
         reason: str, why the mesh has its shape, for people.
         auto_shard_dataset: see `keras.distribution.ModelParallel`.
 
@@ -64,9 +65,10 @@ class ExpertParallel(keras.distribution.ModelParallel):
         check_supported("ExpertParallel")
         mesh = layout_map.device_mesh
         if batch_axes is None:
-            batch_axes = [axis for axis in mesh.axis_names if axis != "model"]
+            model_axis = getattr(layout_map, "model_axis", "model")
+            batch_axes = [axis for axis in mesh.axis_names if axis != model_axis]
         self.batch_axes = as_tuple(batch_axes)
-        if not self.batch_axes or set(self.batch_axes) - set(mesh.axis_names):
+        if set(self.batch_axes) - set(mesh.axis_names):
             raise ValueError(
                 f"`batch_axes` must name axes of the mesh, {tuple(mesh.axis_names)}. "
                 f"Received: batch_axes={batch_axes}"
@@ -74,7 +76,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
         self.reason = reason
         super().__init__(
             layout_map=layout_map,
-            batch_dim_name=self.batch_axes[0],
+            batch_dim_name=self.batch_axes[0] if self.batch_axes else None,
             auto_shard_dataset=auto_shard_dataset,
         )
 
@@ -93,7 +95,8 @@ class ExpertParallel(keras.distribution.ModelParallel):
                 return Layout([None] * len(data_shape), self.device_mesh)
             raise ValueError(
                 f"The mesh's axes {self.batch_axes} divide a batch over {parts} "
-                "devices of this process, which must divide its size. Received: "
+                "devices of this process, which must divide its size: `batch_size`, "
+                "and what is left for the last batch. Received: "
                 f"{data_shape[0]}, of the shape {tuple(data_shape)}"
             )
         rest = [None] * (len(data_shape) - 1)

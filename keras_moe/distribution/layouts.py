@@ -106,6 +106,12 @@ def layout_map(
             "`device_mesh` must be a `keras.distribution.DeviceMesh`. Received: "
             f"device_mesh={device_mesh!r}"
         )
+    names = [name for name in given.values() if name is not None]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "The axes that the arguments name must differ. Received: "
+            + ", ".join(f"{name}={value!r}" for name, value in given.items())
+        )
     known = set(device_mesh.axis_names)
     if not known & set(given.values()):
         raise ValueError(
@@ -115,6 +121,7 @@ def layout_map(
     model, data, expert = (name if name in known else None for name in given.values())
     shared = tuple(axis for axis in (data, expert) if axis)
     result = keras.distribution.LayoutMap(device_mesh)
+    result.model_axis = model  # over which no batch lies: see `ExpertParallel`
     for path, dimensions in _WEIGHTS.items():
         of_experts = "E" in dimensions
         axes = {

@@ -39,8 +39,8 @@ def choose_spread(layer):
             do not divide the experts or their hidden features.
     """
     layout = getattr(layer.experts.up_kernel, "_layout", None)
+    distribution = keras.distribution.distribution()
     if layout is None:
-        distribution = keras.distribution.distribution()
         if distribution is None:
             return None
         check_supported(distribution)
@@ -48,6 +48,13 @@ def choose_spread(layer):
             f"The mixture '{layer.name}' was built before its distribution was set: "
             "call `keras.distribution.set_distribution` first, then build the model. "
             f"Received: {distribution}"
+        )
+    if distribution is not None and distribution.device_mesh is not layout.device_mesh:
+        raise ValueError(
+            f"The mixture '{layer.name}' was built under another distribution: set one "
+            "before the model is built, and keep it. Expected a mesh of "
+            f"{axis_sizes(layout.device_mesh)}. Received: {distribution} of "
+            f"{axis_sizes(distribution.device_mesh)}"
         )
     from keras_moe.distribution import _jax
 

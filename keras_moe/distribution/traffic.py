@@ -88,7 +88,7 @@ class Spread:
         batch_axes: tuple of str, over which the batch lies.
 
     Raises:
-        ValueError: for anything else, and for a dict with other axes or sizes.
+        ValueError: for anything else, and for axes of other names or sizes.
     """
 
     def __init__(self, mesh):
@@ -108,6 +108,8 @@ class Spread:
             )
         self.mesh = mesh
         self.sizes = axis_sizes(mesh)
+        for name in self.sizes:
+            checks.one_of("an axis of mesh", name, AXES)
         if batch_axes is None:
             batch_axes = (axis for axis in self.sizes if axis != "model")
         self.batch_axes = tuple(batch_axes)
@@ -171,7 +173,6 @@ def devices_in_node(sizes, axes, node_devices):
 
 def _of_no_devices(sizes):
     for name, size in sizes.items():
-        checks.one_of("an axis of mesh", name, AXES)
         checks.at_least(f"mesh[{name!r}]", size, 1)
     if not sizes:
         raise ValueError("`mesh` must have an axis. Received: mesh={}")
@@ -327,7 +328,7 @@ class _Step:
         self.all_tokens = tokens
         self.tokens = tokens // spread.count(spread.batch_axes)
         self.sequence_length = sequence_length
-        self.weight_size, self.value_size = sizes
+        _, self.value_size = sizes
         self.platform = platform
         self.recompute = stacks[0]["recompute"]
         self.hidden_size = self.tokens * stacks[0]["hidden_dim"] * self.value_size
@@ -344,10 +345,7 @@ def _add_weight(log, step, shard):
     weight, axes = shard.weight, set(step.spread.batch_axes)
     of_block = weight.part != "embeddings"
     lookup_alone = weight.part == "embeddings" and not weight.multiplied
-    # A mixture gets its kernels as they are; others are cast first.
-    size = step.weight_size if weight.part == "experts" else step.value_size
-    if weight.float32:
-        size = FLOAT32
+    size = FLOAT32 if weight.float32 else step.value_size  # cast before they travel
     if lookup_alone:
         return
     gathered = shard.gathered * weight.count * size
@@ -455,6 +453,10 @@ def _add_sums(log, step):
         if architecture.shared_dim(s):
             gated = s["expert_gated"]
             sums += mixtures * hidden * (1 + (2 if gated and step.on_cpu else 1))
-    log.add("all_reduce", "activations", step.model_axes, sums + hidden)  # logits
+    divides = step.stacks[0]["vocabulary_size"] % step.spread.sizes["model"] == 0
+    sums += hidden if divides else 0  # of the logits' gradient
+    log.add("all_reduce", "activations", step.model_axes, sums)
+    if not divides:
+        return
     # The softmax of the loss: maximum, sum, and two for its gradient.
     log.add("all_reduce", "loss", step.model_axes, 4 * step.tokens * FLOAT32)

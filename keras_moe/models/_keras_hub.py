@@ -40,6 +40,7 @@ __all__ = [
     "preset_file",
     "preset_has_file",
     "register_names",
+    "scope_of",
     "canonicalize_python_token_inputs",
     "find_tokenizer_asset",
     "is_orbax_checkpoint",
@@ -243,6 +244,18 @@ def as_stored(variables):
     """
     with AutocastScope(None):
         return tuple(ops.convert_to_tensor(variable) for variable in variables)
+
+
+def scope_of(mapping):
+    """A `keras.StatelessScope` of values in the dtypes that variables are stored in.
+
+    Keras casts what such a scope is given to the dtype of the layer that is running.
+
+    Args:
+        mapping: a sequence of pairs, variable and tensor.
+    """
+    with AutocastScope(None):
+        return keras.StatelessScope(state_mapping=[*mapping])
 
 
 def register_names(folders, backbone_cls):

@@ -63,14 +63,15 @@ class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         data_parallel_dim_name="batch",
         expert_parallel_dim_name="expert",
     ):
-        """Where the weights lie on a mesh, for `keras.distribution.ModelParallel`.
+        """Where the weights lie on a mesh, for `keras_moe.distribution.ExpertParallel`.
 
         Attention heads, the vocabulary and the hidden features of dense blocks and
         experts lie over the model axis, experts over the expert axis. Over the batch
         axis, and the expert axis where it is not taken, the features of all matrices
         lie: storage alone, gathered where a layer is computed, so that weights and
         the optimizer's state take less on each device. Axes that the mesh does not
-        have are left out.
+        have are left out. A vocabulary that the model axis does not divide lies whole
+        along it, as do features that theirs do not.
 
         Args:
             device_mesh: `keras.distribution.DeviceMesh`.
@@ -83,7 +84,7 @@ class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
             A `keras.distribution.LayoutMap`.
 
         Raises:
-            ValueError: if the mesh has none of the axes.
+            ValueError: if the mesh has none of the axes, or two are the same.
 
         Example:
 
@@ -91,9 +92,7 @@ class BaseBackbone(PretrainedBackbone, keras_hub.models.Backbone):
         mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"))
         layout_map = keras_moe.models.MoEBackbone.get_layout_map(mesh)
         keras.distribution.set_distribution(
-            keras.distribution.ModelParallel(
-                layout_map=layout_map, batch_dim_name="batch"
-            )
+            keras_moe.distribution.ExpertParallel(layout_map=layout_map)
         )
         ```
         """

@@ -41,6 +41,11 @@ class Pretrained(OneProcess, Replicable):
                 model or optimizer. Nothing has been changed then.
         """
         if is_orbax_checkpoint(filepath):
+            if args or any(kwargs.values()):
+                raise ValueError(
+                    "The checkpoint of a training must fit the model, and takes no "
+                    f"further arguments. Received: {args}, {kwargs}"
+                )
             from keras_moe.distribution.training_checkpoints import restore
 
             restore(self, filepath)

@@ -12,6 +12,7 @@ collect_ignore = (
         "test_expert_parallel.py",
         "test_loading.py",
         "test_meshes.py",
+        "test_mixtures.py",
         "test_models.py",
         "test_processes.py",
     ]

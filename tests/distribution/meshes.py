@@ -8,6 +8,8 @@ from keras_moe.models import MoEBackbone
 MESHES = {
     "batch": {"batch": 8},
     "expert": {"expert": 8},
+    "model": {"model": 2},
+    "batch_model": {"batch": 4, "model": 2},
     "batch_expert": {"batch": 2, "expert": 4},
     "expert_model": {"expert": 4, "model": 2},
     "batch_expert_model": {"batch": 2, "expert": 2, "model": 2},

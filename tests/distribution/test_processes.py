@@ -13,8 +13,9 @@ import pytest
 from tests.distribution import worker
 
 PROCESSES = 2
-# JAX ends a process when others have not been heard of for a while, a minute or two.
 LIMIT = 300
+# The guide says a hundred seconds; some are for what the process does before it ends.
+LEFT_ALONE = 150
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -34,7 +35,9 @@ def run(folder, what):
         for index in range(PROCESSES)
     ]
     try:
-        errors = [process.communicate(timeout=LIMIT)[1] for process in started]
+        last = started[-1].communicate(timeout=LIMIT)[1]
+        first = started[0].communicate(timeout=LEFT_ALONE)[1]
+        errors = [first, last]
     finally:
         for process in started:
             process.kill()
