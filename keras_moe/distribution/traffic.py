@@ -349,7 +349,7 @@ def _add_weight(log, step, shard):
     if lookup_alone:
         return
     gathered = shard.gathered * weight.count * size
-    times = 2 if step.recompute and of_block else 1
+    times = 2 if (step.recompute if of_block else _gathers_twice(step)) else 1
     log.add("all_gather", "weights", shard.storage_axes, times * gathered)
     if not weight.trainable:
         return
@@ -358,6 +358,17 @@ def _add_weight(log, step, shard):
     if weight.part == "routers":  # of every device its own, the model axis included
         axes = set(step.spread.sizes)
     _add_gradient(log, step, shard, axes, gathered)
+
+
+def _gathers_twice(step):
+    """Whether the table of the logits travels for the backward pass once more.
+
+    So the partitioner has it where a device's part of the vocabulary is larger than the
+    number of its tokens: it then writes the two gathers differently, and none is saved.
+    """
+    m = step.spread.sizes.get("model", 1)
+    vocabulary = step.stacks[0]["vocabulary_size"]
+    return m > 1 and vocabulary // m > step.tokens
 
 
 def _add_gradient(log, step, shard, axes, gathered):

@@ -227,6 +227,8 @@ def test_the_rows_of_a_mixture(sizes, dispatch):
         ({"batch": 2, "expert": 2}, DENSE_TOO),
         ({"expert": 4, "model": 2}, {}),
         ({"batch": 4, "model": 2}, {}),
+        ({"batch": 2, "model": 2}, {"vocabulary_size": 512}),
+        ({"expert": 4, "model": 2}, {"vocabulary_size": 512, "tied_embeddings": True}),
         ({"batch": 2, "expert": 2, "model": 2}, DENSE_TOO),
         ({"batch": 2, "expert": 2, "model": 2}, {**LATENT, "recompute": True}),
         ({"batch": 2, "expert": 2, "model": 2}, SEQ2SEQ),
