@@ -231,8 +231,9 @@ def plan(
     With `T = B S / n` tokens on a device of those that share the batch, they are
 
     - for weights stored over axes of the batch, an all-gather of their part of the
-      model axis, P its bytes in the dtype of the products (of experts, in that of
-      the weights), twice with `recompute=True`;
+      model axis, P its bytes in the dtype of the products, twice with
+      `recompute=True`; of the logits' table twice where a device's part of the
+      vocabulary is larger than T;
     - for their gradients a reduce-scatter, and for those of weights that lie whole an
       all-reduce;
     - for a mixture whose experts lie over the expert axis four or five all-to-alls of

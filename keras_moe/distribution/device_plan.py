@@ -232,7 +232,7 @@ def device_plan(
         platform=platform,
         devices=spread.count(spread.sizes),
         transfers=traffic.transfers(
-            spread, stacks, shards, tokens, sequence_length, sizes, platform
+            spread, stacks, shards, tokens, sequence_length, value_size, platform
         ),
         flops=tokens
         * (passes * flops_per_token + 2 * anew)
@@ -281,9 +281,8 @@ def _gathered(shards, recompute, sizes):
             continue
         if not shard.storage_axes and weight_size == value_size:
             continue
-        size = value_size
         count = 1 if recompute else weight.count
-        total += shard.gathered * count * size
+        total += shard.gathered * count * value_size
     return total
 
 

@@ -269,7 +269,7 @@ def exchange(spread, s, tokens, sequence_length, platform):
 # --- Collectives ---
 
 
-def transfers(spread, stacks, shards, tokens, sequence_length, sizes, platform):
+def transfers(spread, stacks, shards, tokens, sequence_length, value_size, platform):
     """The `Transfer`s of a training step.
 
     Args:
@@ -278,14 +278,14 @@ def transfers(spread, stacks, shards, tokens, sequence_length, sizes, platform):
         shards: list of `Shard`.
         tokens: int, those of all devices, of each stack.
         sequence_length: int.
-        sizes: pair of int, the bytes of a weight and of an activation.
+        value_size: int, the bytes of an activation.
         platform: one of `PLATFORMS`.
 
     Returns:
         A tuple, one for each kind, purpose and axes.
     """
     log = _Log(spread)
-    step = _Step(spread, stacks, tokens, sequence_length, sizes, platform)
+    step = _Step(spread, stacks, tokens, sequence_length, value_size, platform)
     for shard in shards:
         _add_weight(log, step, shard)
     _add_embeddings(log, step, shards)
@@ -322,13 +322,13 @@ class _Log:
 class _Step:
     """What the transfers of a step depend on."""
 
-    def __init__(self, spread, stacks, tokens, sequence_length, sizes, platform):
+    def __init__(self, spread, stacks, tokens, sequence_length, value_size, platform):
         self.spread = spread
         self.stacks = stacks
         self.all_tokens = tokens
         self.tokens = tokens // spread.count(spread.batch_axes)
         self.sequence_length = sequence_length
-        _, self.value_size = sizes
+        self.value_size = value_size
         self.platform = platform
         self.recompute = stacks[0]["recompute"]
         self.hidden_size = self.tokens * stacks[0]["hidden_dim"] * self.value_size

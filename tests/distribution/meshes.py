@@ -1,5 +1,7 @@
 """Meshes of eight virtual devices, by the axes they have."""
 
+import math
+
 import keras
 
 from keras_moe.distribution import ExpertParallel
@@ -16,19 +18,16 @@ MESHES = {
 }
 
 
-def mesh(name):
-    """The `keras.distribution.DeviceMesh` of a name."""
-    sizes = MESHES[name]
-    count = 1
-    for size in sizes.values():
-        count *= size
-    devices = keras.distribution.list_devices()[:count]
+def mesh(sizes):
+    """The `keras.distribution.DeviceMesh` of a name, or of a dict of its axes."""
+    sizes = MESHES[sizes] if isinstance(sizes, str) else sizes
+    devices = keras.distribution.list_devices()[: math.prod(sizes.values())]
     return keras.distribution.DeviceMesh(tuple(sizes.values()), [*sizes], devices)
 
 
-def distribute(name):
-    """Sets the distribution over a mesh, and returns it."""
-    layout_map = MoEBackbone.get_layout_map(mesh(name))
+def distribute(sizes):
+    """Sets the distribution over a mesh as of `mesh`, and returns it."""
+    layout_map = MoEBackbone.get_layout_map(mesh(sizes))
     distribution = ExpertParallel(layout_map=layout_map)
     keras.distribution.set_distribution(distribution)
     return distribution

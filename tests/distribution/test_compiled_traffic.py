@@ -7,13 +7,11 @@ formulas. What stands in the body of a loop counts once: one round of an exchang
 import math
 import re
 
-import jax
 import keras
 import numpy as np
 import pytest
 
 import keras_moe
-from keras_moe.distribution import ExpertParallel
 from keras_moe.layers import MixtureOfExperts
 from keras_moe.models import (
     MoEBackbone,
@@ -21,6 +19,8 @@ from keras_moe.models import (
     MoESeq2SeqBackbone,
     MoESeq2SeqLM,
 )
+from tests.distribution.meshes import distribute
+from tests.distribution.programs import compiled_step
 
 LENGTH = 16
 SETTINGS = {
@@ -69,34 +69,7 @@ SEQ2SEQ = {
 }
 
 
-def distribute(sizes):
-    count = math.prod(sizes.values())
-    devices = keras.distribution.list_devices()[:count]
-    mesh = keras.distribution.DeviceMesh(tuple(sizes.values()), [*sizes], devices)
-    distribution = ExpertParallel(layout_map=MoEBackbone.get_layout_map(mesh))
-    keras.distribution.set_distribution(distribution)
-    return distribution
-
-
 # --- Programs ---
-
-
-def compiled_step(model, inputs, targets):
-    """The text of a training step's program."""
-    model.optimizer.build(model.trainable_variables)
-    state = model._get_jax_state(
-        trainable_variables=True,
-        non_trainable_variables=True,
-        optimizer_variables=True,
-        metrics_variables=True,
-    )
-    layout = keras.distribution.distribution().get_data_layout
-    data = jax.tree.map(
-        lambda a: jax.device_put(a, layout(a.shape).backend_layout), (inputs, targets)
-    )
-    # As Keras does: what it replaces may be overwritten.
-    step = jax.jit(model.train_step, donate_argnums=0)
-    return step.lower(tuple(state), data).compile().as_text()
 
 
 def language_model_step(settings, batch):

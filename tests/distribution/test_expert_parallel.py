@@ -4,7 +4,6 @@ import collections
 import functools
 import re
 
-import jax
 import keras
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from keras import ops
 from keras_moe.distribution import ExpertParallel
 from keras_moe.layers import MixtureOfExperts
 from tests.distribution.meshes import MESHES, distribute, mesh
+from tests.distribution.programs import compiled_step
 
 EXPERTS, FEATURES, LENGTH = 8, 16, 6
 
@@ -112,22 +112,6 @@ def test_groups_of_capacity_stay_together():
     _assert_alike(_trained("batch_expert_model", 3, **settings), expected)
 
 
-def _compiled_step(model, batch):
-    model.make_train_function()
-    state = model._get_jax_state(
-        trainable_variables=True,
-        non_trainable_variables=True,
-        optimizer_variables=True,
-        metrics_variables=True,
-    )
-    layout = keras.distribution.distribution().get_data_layout
-    data = tuple(
-        jax.device_put(a, layout(a.shape).backend_layout) for a in _data(batch)
-    )
-    lowered = jax.jit(model.train_step).lower(tuple(state), data)
-    return lowered.compile().as_text()
-
-
 _MOVES = re.compile(r" (all-to-all|all-gather|reduce-scatter|collective-permute)\(")
 
 
@@ -136,8 +120,7 @@ def test_a_step_has_four_all_to_alls_and_gathers_nothing(dispatch):
     distribute("expert")
     factor = None if dispatch == "dropless" else 1.25
     model = _model(dispatch=dispatch, capacity_factor=factor)
-    model.optimizer.build(model.trainable_variables)
-    text = _compiled_step(model, 16)
+    text = compiled_step(model, *_data(16))
     assert collections.Counter(_MOVES.findall(text)) == {"all-to-all": 4}
 
 
